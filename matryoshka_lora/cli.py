@@ -1,0 +1,100 @@
+"""What every command has in common: how errors are shown, and the help text."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from matryoshka_lora.config import Config, nearest
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python train.py                                         the embedded model on the embedded data
+  python train.py method=dylora adapter.rank=16
+  python train.py method=matryoshka model=llama3_8b       GSM8K, 3- and 8-shot
+  python train.py -m method=lora,matryoshka seed=42,666   one run for each combination"""
+
+
+@contextmanager
+def exit_with_one_line() -> Iterator[None]:
+    """Show a user's mistake as one line and exit with 1; Ctrl-C exits with 130.
+
+    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    """
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra then raises what happened instead of printing and exiting itself.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
+    except (
+        ValueError,
+        OSError,
+        FloatingPointError,
+        HydraException,
+        OmegaConfBaseException,
+    ) as error:
+        if wants_traceback:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, with the nearest valid names where a key or choice is unknown."""
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return f"{str(error).splitlines()[0]}: {one_line(cause)}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        schema = error.object_type
+        known = (
+            [f.name for f in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else []
+        )
+        first = str(error).splitlines()[0]
+        return f"{first}{nearest(str(error.key), known)}; allowed: {', '.join(known)}"
+    if isinstance(error, MissingConfigException):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        name = str(error.missing_cfg_file or "").rpartition("/")[2]
+        options = [str(option) for option in error.options or []]
+        return f"{lines[0]}; allowed: {', '.join(options)}{nearest(name, options)}"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def settings() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every setting."""
+    found = []
+    config = Config()
+    for outer in dataclasses.fields(Config):
+        value = getattr(config, outer.name)
+        if not dataclasses.is_dataclass(value):
+            found.append((outer.name, value, outer.metadata["help"]))
+            continue
+        for inner in dataclasses.fields(value):
+            key = f"{outer.name}.{inner.name}"
+            found.append((key, getattr(value, inner.name), inner.metadata["help"]))
+    return [(key, "null" if value is None else str(value), text) for key, value, text in found]
+
+
+def show_help(configs: Path) -> None:
+    """Print usage, the config groups as they lie on disk, and every setting."""
+    print(
+        f"Fine-tune once, use the adapter at any rank.\n\n{EXAMPLES}\n\n"
+        "Config groups (group=choice):"
+    )
+    for folder in sorted(p for p in configs.iterdir() if p.is_dir() and p.name != "accelerate"):
+        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        if choices:
+            print(f"  {folder.name:<12} {choices}")
+    print("\nSettings (key=value; default in brackets; a chosen config may set another):")
+    for key, default, text in settings():
+        print(f"  {key:<32} {text} [{default}]")
+    print("\nHydra's own options: python train.py --hydra-help")

@@ -1,0 +1,38 @@
+"""Small models and a tokenizer that need no download."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# The suite must pass where there is no network: nothing may even try.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def small_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A random two-layer Llama with grouped query heads."""
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(shape).to(dtype).eval()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return small_llama()

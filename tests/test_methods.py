@@ -1,0 +1,82 @@
+"""The methods' diagonals and draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from matryoshka_lora.config import Config
+from matryoshka_lora.diagonals import matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
+
+
+def config_of(name: str, rank: int = 8, **method) -> Config:
+    config = Config()
+    config.adapter.rank, config.method.name = rank, name
+    for key, value in method.items():
+        setattr(config.method, key, value)
+    return config
+
+
+def test_the_diagonals_of_the_four_methods():
+    assert set(METHODS) == {"lora", "dylora", "matryoshka", "nested_dropout"}
+    assert build_method(config_of("lora")).p_full.tolist() == [1] * 8
+    expected = matryoshka_diagonal([1, 2, 4, 8], 8, "none")
+    assert torch.equal(build_method(config_of("matryoshka")).p_full, expected)
+    mean = build_method(config_of("matryoshka", normalise="mean")).p_full
+    assert torch.equal(mean, expected / 4)
+    for name in ("dylora", "nested_dropout"):
+        method = build_method(config_of(name))
+        assert method.ranks == (1, 2, 4, 8)
+        for rank, p in zip(method.ranks, method.diagonals, strict=True):
+            assert torch.equal(p, prefix_diagonal(rank, 8, "none"))
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean matryoshka"):
+        build_method(config_of("matroshka"))
+
+
+def test_draws_are_shared_as_asked():
+    step = build_method(config_of("dylora")).choose(0, 5, 32, None)
+    assert len(set(step.tolist())) == 1
+    micro = build_method(config_of("dylora", draw="micro_batch")).choose(0, 5, 32, 8)
+    assert all(len(set(part.tolist())) == 1 for part in micro.reshape(4, 8))
+    sample = build_method(config_of("nested_dropout")).choose(0, 5, 32, None)
+    # Systematic sampling: 32 samples over 4 equally likely ranks give exactly 8 each.
+    assert np.bincount(sample).tolist() == [8] * 4
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    method = build_method(config_of("nested_dropout"))
+    first = method.choose(1, 7, 30, None)
+    assert np.array_equal(first, method.choose(1, 7, 30, 4))
+    assert not np.array_equal(first, method.choose(1, 8, 30, None))
+    assert not np.array_equal(first, method.choose(2, 7, 30, None))
+
+
+@pytest.mark.parametrize("samples", [1, 7, 32])
+def test_weighted_draws_are_within_one_of_their_expectation(samples):
+    weights = [0.5, 0.0, 0.2, 0.3]
+    method = build_method(config_of("nested_dropout", weights=weights))
+    total = np.zeros(4)
+    for step in range(300):
+        counts = np.bincount(method.choose(0, step, samples, None), minlength=4)
+        assert (abs(counts - samples * np.array(weights)) < 1).all()
+        total += counts
+    np.testing.assert_allclose(total / total.sum(), weights, atol=0.06)
+
+
+def test_rules_that_are_one_function_share_a_point():
+    lora, matryoshka, dylora = (
+        adapter_spec_of(config_of(name)) for name in ("lora", "matryoshka", "dylora")
+    )
+    assert lora.same_as(4, "trained") == "prefix"
+    assert matryoshka.same_as(4, "trained") is None
+    assert matryoshka.same_as(8, "svd") == "trained"
+    assert matryoshka.same_as(4, "svd") is None
+    assert dylora.same_as(4, "trained") == "prefix"
+    config = config_of("dylora")
+    config.adapter.scaling = "rank"
+    assert torch.equal(
+        adapter_spec_of(config).diagonal(4, "trained")[1], prefix_diagonal(4, 8, "rank")
+    )

@@ -1,0 +1,28 @@
+"""Train an adapter and read it at every rank: `python train.py method=lora model=llama3_8b`."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from matryoshka_lora.cli import exit_with_one_line, show_help
+from matryoshka_lora.config import Config, build_config
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(node: DictConfig) -> None:
+    from matryoshka_lora.pipeline import run
+
+    run(build_config(node))
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        show_help(Path(__file__).parent / "configs")
+    else:
+        with exit_with_one_line():
+            main()
