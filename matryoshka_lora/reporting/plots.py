@@ -1,0 +1,242 @@
+"""Rank curves as figures (PNG, PDF), the same bytes for the same tables."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from matryoshka_lora.records import write_atomically
+from matryoshka_lora.reporting.curves import Curve, RankTable
+
+# Okabe and Ito's palette, told apart by all common kinds of colour vision; the marker repeats it.
+_METHOD_STYLE = {
+    "lora": ("#0072B2", "o"),
+    "dylora": ("#E69F00", "s"),
+    "nested_dropout": ("#009E73", "^"),
+    "matryoshka": ("#CC3311", "D"),
+}
+_OTHER_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
+_RULE_STYLE: dict[str | None, Any] = {"prefix": "-", "trained": (0, (5, 2)), "svd": (0, (1, 1.5))}
+_OTHER_RULE = (0, (5, 1.5, 1, 1.5))
+
+_PANEL_COLUMNS = 2  # more would be too small to read on a page
+_PANEL_INCHES = (5.8, 3.7)
+_LEGEND_LINE_INCHES = 0.19
+_SETTINGS = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 7.6,
+    "legend.title_fontsize": 7.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "pdf.fonttype": 42,
+}
+
+
+def plot_tables(
+    tables: Sequence[RankTable], stem: str | Path, suffixes: Sequence[str] = (".png", ".pdf")
+) -> list[Path]:
+    """Draw a panel a table, write `<stem>.png` and `<stem>.pdf`, and return the paths.
+
+    A row of panels holds the metrics of one (model, dataset, R, scaling). Score over log2 rank, a
+    line for each method (colour, marker) and rule (dash), a band of one standard deviation over
+    seeds, the base model dashed, dedicated LoRAs as open diamonds; AURAC (log2) in the legend
+    below. No date or version goes into the files.
+    """
+    stem = Path(stem)
+    paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+    # The user's own matplotlibrc must not change a committed figure.
+    with matplotlib.style.context(["default", _SETTINGS]):
+        figure = _figure(tables)
+        for path in paths:
+            buffer = io.BytesIO()
+            kind = path.suffix.removeprefix(".")
+            clean = {"Software": None} if kind == "png" else {"CreationDate": None}
+            figure.savefig(buffer, format=kind, dpi=150, metadata=clean)
+            write_atomically(path, buffer.getvalue())
+    return paths
+
+
+def _figure(tables: Sequence[RankTable]) -> Figure:
+    # A new (model, dataset, R, scaling) starts a new line of panels.
+    blocks: dict[tuple[Any, ...], list[RankTable]] = {}
+    for table in tables:
+        blocks.setdefault(tuple(table.shared.items()), []).append(table)
+    columns = min(_PANEL_COLUMNS, max(len(block) for block in blocks.values()))
+    lines = [
+        block[start : start + columns]
+        for block in blocks.values()
+        for start in range(0, len(block), columns)
+    ]
+    entries = max(len(_drawn(table)) + len(_references(table)) for table in tables)
+    width, height = _PANEL_INCHES
+    legend = _LEGEND_LINE_INCHES * ((entries + 1) // 2 + 3)
+    figure = Figure(figsize=(width * columns, (height + legend) * len(lines)), layout="constrained")
+    grid = figure.add_gridspec(2 * len(lines), columns, height_ratios=[height, legend] * len(lines))
+    for index, line in enumerate(lines):
+        for column, table in enumerate(line):
+            ax = figure.add_subplot(grid[2 * index, column])
+            below = figure.add_subplot(grid[2 * index + 1, column])
+            _panel(ax, table)
+            _legend(below, ax)
+    return figure
+
+
+def _panel(ax: Axes, table: RankTable) -> None:
+    for curve, rules in _drawn(table):
+        _line(ax, table, curve, rules)
+    for curve in _references(table):
+        _reference(ax, table, curve)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator([rank for rank in table.ranks if rank > 0]))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("rank at inference")
+    ax.set_ylabel(f"{table.metric.metric} ({table.metric.unit})")
+    shared = ", ".join(f"{name} {value}" for name, value in table.shared.items())
+    ax.set_title(f"{table.metric.label}\n{shared}", loc="left")
+
+
+def _legend(below: Axes, ax: Axes) -> None:
+    """The legend of `ax` in axes of its own, where it can hide no curve."""
+    below.set_axis_off()
+    handles, labels = ax.get_legend_handles_labels()
+    legend = below.legend(
+        handles,
+        labels,
+        title="method, inference rule: AURAC over log2 rank",
+        loc="upper left",
+        bbox_to_anchor=(-0.08, 1.0),
+        ncols=2,
+        frameon=False,
+        alignment="left",
+        handlelength=2.8,
+        columnspacing=1.0,
+        borderaxespad=0,
+    )
+    legend.set_in_layout(False)
+
+
+def _drawn(table: RankTable) -> list[tuple[Curve, list[str]]]:
+    """The curves to draw, each with all rules that it stands for.
+
+    Rules that are the same function lie on top of each other, so one line carries their names.
+    """
+    lines: list[tuple[Curve, list[str]]] = []
+    for curve in table.rows:
+        if curve.kind != "curve" or curve.rule is None:
+            continue
+        for drawn, rules in lines:
+            siblings = _identity(drawn) == _identity(curve) and drawn.cells == curve.cells
+            if siblings and (curve.same_as in rules or drawn.same_as == curve.rule):
+                rules.append(curve.rule)
+                break
+        else:
+            lines.append((curve, [curve.rule]))
+    return lines
+
+
+def _identity(curve: Curve) -> tuple[Any, ...]:
+    return (curve.model, curve.dataset, curve.method, curve.rank, curve.scaling, curve.lr)
+
+
+def _references(table: RankTable) -> list[Curve]:
+    return [row for row in table.rows if row.kind != "curve" and row.cells]
+
+
+def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> None:
+    colour, marker = _style(table, curve)
+    ranks = sorted(curve.cells)
+    means = [curve.cells[rank].mean for rank in ranks]
+    label = f"{curve.method} {' = '.join(rules)}{_distinction(table, curve)}"
+    area = curve.aurac.get("log2")
+    if area is not None and curve.aurac_ranks == table.curve_ranks:
+        label += f": {table.metric.text(area.mean)}"
+        label += "" if area.sd is None else f" ± {table.metric.text(area.sd)}"
+    ax.plot(
+        ranks,
+        means,
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.6,
+        linestyle=_RULE_STYLE.get(rules[0], _OTHER_RULE),
+        alpha=_opacity(table, curve),
+        label=label,
+    )
+    spread = [curve.cells[rank].sd or 0.0 for rank in ranks]
+    if any(spread):
+        low = [mean - sd for mean, sd in zip(means, spread, strict=True)]
+        high = [mean + sd for mean, sd in zip(means, spread, strict=True)]
+        ax.fill_between(ranks, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
+    ((rank, cell),) = curve.cells.items()
+    value = table.metric.text(cell.mean)
+    if curve.kind == "base":
+        ax.axhline(
+            cell.mean,
+            color="#444444",
+            linestyle="--",
+            linewidth=1,
+            zorder=1,
+            label=f"base model: {value}",
+        )
+        return
+    ax.errorbar(
+        [rank],
+        [cell.mean],
+        yerr=None if cell.sd is None else [cell.sd],
+        color="black",
+        marker="D",
+        markersize=6,
+        markerfacecolor="white",
+        linestyle="none",
+        capsize=2,
+        zorder=5,
+        label=f"{curve.method}{_distinction(table, curve)}: {value}",
+    )
+
+
+def _distinction(table: RankTable, curve: Curve) -> str:
+    """What tells a curve from others of the same method and rule."""
+    values = {"model": curve.model, "dataset": curve.dataset, "scaling": curve.scaling}
+    if curve.kind == "curve":
+        values["R"] = f"R={curve.rank}"
+    parts = [value for name, value in values.items() if name not in table.shared]
+    if len(_rates(table, curve)) > 1:
+        parts.append(f"lr {curve.lr:g}")
+    return "".join(f", {part}" for part in parts)
+
+
+def _rates(table: RankTable, curve: Curve) -> list[float]:
+    """Learning rates of a method in a table, the largest first."""
+    rates = {row.lr for row in table.rows if row.method == curve.method and row.lr is not None}
+    return sorted(rates, reverse=True)
+
+
+def _opacity(table: RankTable, curve: Curve) -> float:
+    """Paler for each smaller learning rate."""
+    return max(0.25, 0.6 ** _rates(table, curve).index(curve.lr)) if curve.lr else 1.0
+
+
+def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
+    """Colour and marker of a method; variants of one method in a table get the spare ones."""
+    labels = [
+        row.method
+        for row in table.rows
+        if row.method_name == curve.method_name and row.kind == "curve"
+    ]
+    if curve.method == labels[0] and curve.method_name in _METHOD_STYLE:
+        return _METHOD_STYLE[curve.method_name]
+    spare = [row.method for row in table.rows if row.kind == "curve"]
+    return _OTHER_STYLES[list(dict.fromkeys(spare)).index(curve.method) % len(_OTHER_STYLES)]

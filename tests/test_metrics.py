@@ -1,0 +1,115 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from matryoshka_lora.metrics import (
+    aurac,
+    bootstrap_interval,
+    paired_bootstrap_interval,
+    trapezoid_weights,
+)
+
+
+def test_aurac_by_hand():
+    # log2: x = 0 1 2 3, areas 15 + 30 + 40 = 85, width 3.
+    assert aurac([1, 2, 4, 8], [10, 20, 40, 40]) == pytest.approx(85 / 3)
+    # linear: areas 15 + 60 + 160 = 235, width 7.
+    assert aurac([1, 2, 4, 8], [10, 20, 40, 40], axis="linear") == pytest.approx(235 / 7)
+
+
+@pytest.mark.parametrize("axis", ["log2", "linear"])
+def test_aurac_of_simple_curves(axis):
+    assert aurac([16], [42.0], axis=axis) == 42.0
+    assert aurac([3, 5, 6, 32], [7.0] * 4, axis=axis) == pytest.approx(7.0)
+    assert aurac([2, 8], [0.0, 1.0], axis=axis) == pytest.approx(0.5)
+
+
+def test_weights_are_the_aurac_of_unit_curves():
+    rng = np.random.default_rng(0)
+    for axis in ("log2", "linear"):
+        ranks = sorted(rng.choice(np.arange(1, 65), size=6, replace=False).tolist())
+        scores = rng.normal(size=6)
+        x = np.log2(ranks) if axis == "log2" else np.array(ranks, dtype=float)
+        brute = sum((x[i + 1] - x[i]) * (scores[i] + scores[i + 1]) / 2 for i in range(5))
+        weights = trapezoid_weights(ranks, axis)
+        assert weights.sum() == pytest.approx(1)
+        assert weights @ scores == pytest.approx(brute / (x[-1] - x[0]))
+        assert aurac(ranks, scores.tolist(), axis) == pytest.approx(brute / (x[-1] - x[0]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scores", "axis", "words"),
+    [
+        ([1, 2], [1.0], "log2", "one score a rank"),
+        ([], [], "log2", "non-empty"),
+        ([2, 1], [1.0, 2.0], "log2", "ascending"),
+        ([1, 1, 2], [1.0, 2.0, 3.0], "log2", "without repeats"),
+        ([0, 1], [1.0, 2.0], "log2", "positive"),
+        ([-2, 1], [1.0, 2.0], "linear", "positive"),
+        ([1, 2], [1.0, 2.0], "log10", "unknown AURAC axis 'log10'"),
+        ([1, 2], [1.0, float("nan")], "log2", "finite"),
+    ],
+)
+def test_aurac_refuses(ranks, scores, axis, words):
+    with pytest.raises(ValueError, match=words):
+        aurac(ranks, scores, axis=axis)
+
+
+def test_bootstrap_against_brute_force():
+    """Resample columns with the same draws, average every rank, and integrate each curve."""
+    ranks, samples = [1, 2, 8], 300
+    scores = np.random.default_rng(1).integers(0, 2, size=(3, 20)).astype(float)
+    rng = np.random.default_rng(5)
+    areas = []
+    for _ in range(samples):
+        drawn = scores[:, rng.integers(0, 20, 20)]
+        areas.append(aurac(ranks, drawn.mean(axis=1).tolist()))
+    expected = np.quantile(areas, [0.05, 0.95])
+    got = bootstrap_interval(scores, ranks, confidence=0.9, samples=samples, seed=5)
+    assert got == pytest.approx(tuple(expected))
+
+
+def test_bootstrap_against_all_resamples():
+    """Three documents have 27 equally likely resamples; many draws come to their quantiles."""
+    ranks = [1, 4]
+    scores = np.array([[0.0, 1.0, 5.0], [2.0, 1.0, 0.0]])
+    areas = [
+        aurac(ranks, scores[:, list(drawn)].mean(axis=1).tolist(), "linear")
+        for drawn in itertools.product(range(3), repeat=3)
+    ]
+    expected = np.quantile(areas, [0.1, 0.9])
+    got = bootstrap_interval(scores, ranks, "linear", confidence=0.8, samples=5000)
+    assert got == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_paired_bootstrap():
+    rng = np.random.default_rng(2)
+    ranks = [1, 2, 4]
+    better = rng.integers(0, 2, size=(3, 200)).astype(float)
+    # A constant advantage on every document has no spread once documents are paired.
+    assert paired_bootstrap_interval(better + 0.25, better, ranks) == pytest.approx((0.25, 0.25))
+    low, high = paired_bootstrap_interval(better, rng.permuted(better, axis=1), ranks)
+    assert low < 0 < high
+    assert paired_bootstrap_interval(better, better * 0, ranks) == bootstrap_interval(better, ranks)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "words"),
+    [
+        ([[1.0], [1.0]], {}, "shape"),
+        ([1.0, 2.0, 3.0], {}, "shape"),
+        ([[], [], []], {}, "shape"),
+        ([[1.0], [1.0], [float("nan")]], {}, "finite"),
+        ([[1.0]] * 3, {"confidence": 95}, "confidence"),
+        ([[1.0]] * 3, {"samples": 0}, "at least one"),
+    ],
+)
+def test_bootstrap_refuses(scores, options, words):
+    with pytest.raises(ValueError, match=words):
+        bootstrap_interval(scores, [1, 2, 4], **options)
+
+
+def test_paired_bootstrap_refuses_other_documents():
+    with pytest.raises(ValueError, match="same documents"):
+        paired_bootstrap_interval([[1.0, 2.0]], [[1.0]], [1])

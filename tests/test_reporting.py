@@ -1,0 +1,327 @@
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from matryoshka_lora.records import Record, Row, read_record, write_record
+from matryoshka_lora.reporting import (
+    format_run_table,
+    plot_tables,
+    rank_table,
+    rank_tables,
+    run_tables,
+    table_frame,
+    write_report,
+    write_tables,
+)
+from matryoshka_lora.reporting.plots import _drawn
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(method="dylora", rank=4, seed=1, **changes):
+    settings = {
+        "model": {"name": "tiny"},
+        "dataset": {"name": "arithmetic"},
+        "method": {"name": method, "draw": "step"},
+        "adapter": {"rank": rank, "scaling": "none"},
+        "trainer": {"lr": 1e-3, "micro_batch": 8},
+        "seed": seed,
+        "eval": {"limit": None},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        settings[section][name] = value
+    return settings
+
+
+def row(rank, value, rule="prefix", metric="exact_match", **changes):
+    kind = "base" if rank == 0 else rule
+    filter = "strict-match" if metric == "exact_match" else None
+    made = Row("toy", 0, None, filter, rank, kind, metric, value, None, 10)
+    return dataclasses.replace(made, **changes)
+
+
+def record(rows, status="finished", error=None, settings=None, **changes):
+    settings = settings or config(**changes)
+    name = f"{settings['method']['name']}-r{settings['adapter']['rank']}-seed{settings['seed']}"
+    return Record(status, name, settings, "0" * 8, None, {}, {}, {}, {}, error=error, rows=rows)
+
+
+def curve(values, **changes):
+    return [row(rank, value, **changes) for rank, value in zip((1, 2, 4), values, strict=True)]
+
+
+@pytest.fixture
+def grid():
+    """Two seeds of DyLoRA, one of LoRA, and a LoRA dedicated to rank 1."""
+    return [
+        record([row(0, 0.05), *curve([0.1, 0.2, 0.4])], seed=1),
+        record([row(0, 0.05), *curve([0.3, 0.4, 0.4])], seed=2),
+        record(
+            [
+                row(0, 0.05),
+                row(1, 0.1, trained_rank=False),
+                row(2, 0.2, trained_rank=False),
+                row(4, 0.5, trained_rank=True),
+            ],
+            method="lora",
+        ),
+        record([row(0, 0.05), row(1, 0.35), row(1, 0.35, "svd")], method="lora", rank=1),
+    ]
+
+
+EXPECTED_MD = r"""# table2-toy
+
+## toy 0-shot, exact_match (strict-match)
+
+model tiny, dataset arithmetic, R 4, scaling none, 10 documents, unit %, mean ± standard deviation over seeds.
+
+| method | rule | lr | seeds | 0 | 1 | 2 | 4 | AURAC log2 | AURAC linear |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| base |  |  |  | 5.0 |  |  |  |  |  |
+| LoRA | prefix | 0.001 | 1 |  | 10.0\* | 20.0\* | **50.0** | 25.0 | 28.3 |
+| DyLoRA | prefix | 0.001 | 2 |  | 20.0 ± 14.1 | **30.0 ± 14.1** | 40.0 ± 0.0 | **30.0 ± 10.6** | **31.7 ± 9.4** |
+| LoRA dedicated R=1 |  | 0.001 | 1 |  | **35.0** |  |  |  |  |
+
+\* rank outside the trained sub-ranks
+"""  # noqa: E501
+
+
+def test_the_table_by_hand(grid, tmp_path):
+    """The DyLoRA seeds (10 20 40) and (30 40 40) have AURAC log2 45/2 and 75/2, so 30 ± 10.6, and
+    linear 75/3 and 115/3, so 31.7 ± 9.4."""
+    write_tables(rank_tables(grid), tmp_path / "table2-toy", "table2-toy")
+    assert (tmp_path / "table2-toy.md").read_text() == EXPECTED_MD
+
+
+def test_the_frame_by_hand(grid):
+    frame = table_frame(rank_table(grid, "toy", 0, "exact_match", "strict-match"))
+    assert frame["method"].tolist() == ["base", "LoRA", "DyLoRA", "LoRA dedicated R=1"]
+    dylora = frame.set_index("method").loc["DyLoRA"]
+    assert dylora["1 mean"] == pytest.approx(20) and dylora["4 sd"] == pytest.approx(0)
+    assert dylora["1 sd"] == pytest.approx(math.sqrt(200))  # ddof = 1
+    assert dylora["AURAC log2 mean"] == pytest.approx(30)
+    assert dylora["AURAC log2 sd"] == pytest.approx(15 / math.sqrt(2))
+    assert dylora["AURAC linear mean"] == pytest.approx((75 / 3 + 115 / 3) / 2)
+    base = frame.set_index("method").loc["base"]
+    assert base["0 mean"] == pytest.approx(5) and math.isnan(base["0 sd"])
+    assert math.isnan(base["AURAC log2 mean"])
+
+
+def test_csv_and_latex(grid, tmp_path):
+    write_tables(rank_tables(grid), tmp_path / "t", "t")
+    frame = pd.read_csv(tmp_path / "t.csv")
+    assert frame.loc[2, ["method", "R", "rule", "seeds"]].tolist() == ["DyLoRA", 4, "prefix", 2]
+    assert frame.loc[2, "1 mean"] == 20.0 and frame.loc[2, "1 sd"] == 14.1421
+    assert frame.loc[1, "lr"] == 0.001 and math.isnan(frame.loc[1, "1 sd"])
+    tex = (tmp_path / "t.tex").read_text()
+    assert r"& 20.0 $\pm$ 14.1 & \textbf{30.0 $\pm$ 14.1} &" in tex
+    assert r"LoRA & prefix & 0.001 & 1 &  & 10.0$^*$ &" in tex
+    assert "exact\\_match" in tex and "\\toprule" in tex and "±" not in tex
+
+
+def test_loss_is_raw_low_is_best_and_last(tmp_path):
+    rows = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([2.0, 1.5, 1.0], metric="loss")]
+    other = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([1.8, 1.6, 1.0], metric="loss")]
+    tables = rank_tables([record(rows), record(other, method="lora")])
+    assert [table.metric.metric for table in tables] == ["exact_match", "loss"]
+    write_tables(tables, tmp_path / "t", "t")
+    text = (tmp_path / "t.md").read_text()
+    # Equal printed values are both the best.
+    assert "| **1.800** | 1.600 | **1.000** | **1.500** |" in text
+    assert "| 2.000 | **1.500** | **1.000** | **1.500** |" in text
+
+
+def test_holes_are_marked_and_named(grid, tmp_path):
+    grid[0] = record([], status="failed", error="RuntimeError: out of memory\nat ...", seed=1)
+    grid[2].rows = [row(1, 0.1), row(2, None), row(4, 0.5)]
+    planned = [config(seed=s) for s in (1, 2, 3)] + [config("matryoshka"), config("lora", 2)]
+    (table,) = rank_tables(grid, planned)
+    assert table.missing == (
+        "LoRA R=4, scaling none, lr 0.001, seed 1: rule prefix at rank 2",
+        "LoRA, rule prefix: AURAC covers only the ranks 1, 4",
+        "LoRA dedicated R=2, scaling none, lr 0.001, seed 1: no record",
+        "DyLoRA R=4, scaling none, lr 0.001, seed 1: failed: RuntimeError: out of memory",
+        "DyLoRA R=4, scaling none, lr 0.001, seed 3: no record",
+        "MatryoshkaLoRA R=4, scaling none, lr 0.001, seed 1: no record",
+    )
+    write_tables([table], tmp_path / "t", "t")
+    text = (tmp_path / "t.md").read_text()
+    # Over ranks 1 and 4 alone 30.0 is not comparable with DyLoRA's 38.3, so it is never bold.
+    assert "| LoRA | prefix | 0.001 | 1 |  | 10.0 | – | **50.0** | 30.0 | 30.0 |" in text
+    assert "| DyLoRA | prefix | 0.001 | 1/3 |  | 30.0 | 40.0 | 40.0 | 37.5 | 38.3 |" in text
+    assert "| MatryoshkaLoRA |  | 0.001 | 0/1 |  | – | – | – | – | – |" in text
+    assert "| LoRA dedicated R=2 |  | 0.001 | 0/1 |  |  | – |  |  |  |" in text
+    assert "missing: LoRA R=4" in text
+    assert ",MatryoshkaLoRA,4,none,0.001,,0,1,,," in (tmp_path / "t.csv").read_text()
+
+
+def test_a_point_that_one_seed_lacks(grid):
+    grid[0].rows = [r for r in grid[0].rows if r.rank != 2]
+    (table,) = rank_tables(grid)
+    dylora = next(r for r in table.rows if r.method == "DyLoRA")
+    assert dylora.cells[2].mean == pytest.approx(40) and dylora.cells[2].sd is None
+    assert dylora.aurac_ranks == (1, 4)
+    assert dylora.aurac["log2"].mean == pytest.approx((25 + 35) / 2)
+
+
+def test_unfinished_runs_do_not_count(grid):
+    grid[0].status = "evaluating"
+    (table,) = rank_tables(grid)
+    dylora = next(r for r in table.rows if r.method == "DyLoRA")
+    assert (dylora.seeds, dylora.planned) == (1, 2)
+    assert any(line.endswith("seed 1: evaluating") for line in table.missing)
+
+
+def test_settings_without_a_column_are_not_pooled():
+    runs = [
+        record(curve([0.1, 0.2, 0.4]), seed=1),
+        record(curve([0.2, 0.3, 0.4]), seed=2, trainer__micro_batch=16),  # does not change a run
+        record(curve([0.3, 0.4, 0.5]), seed=1, method__draw="sample"),
+        record(curve([0.3, 0.4, 0.5]), seed=1, method="matryoshka"),
+        record(curve([0.1, 0.1, 0.5]), seed=2, method="matryoshka", method__draw="sample"),
+    ]
+    (table,) = rank_tables(runs)
+    assert [(r.method, r.seeds) for r in table.rows] == [
+        ("DyLoRA (draw=sample)", 1),
+        ("DyLoRA (draw=step)", 2),
+        ("MatryoshkaLoRA", 2),  # which draws nothing
+    ]
+
+
+def test_the_same_run_twice_is_an_error(grid):
+    with pytest.raises(ValueError, match="two records hold the same run, 'dylora-r4-seed2'"):
+        rank_tables([*grid, grid[1]])
+
+
+def test_what_cannot_be_reported(grid):
+    with pytest.raises(ValueError, match="no finished record has toy 5-shot, acc; there is: toy"):
+        rank_table(grid, "toy", 5, "acc")
+    with pytest.raises(ValueError, match="nothing to report yet.*failed: no disk"):
+        rank_tables([record([], status="failed", error="no disk")])
+    with pytest.raises(ValueError, match="nothing to report yet"):
+        rank_tables([])
+    del grid[0].config["trainer"]["lr"]
+    with pytest.raises(ValueError, match="'dylora-r4-seed1' lacks 'trainer.lr'"):
+        rank_tables(grid)
+
+
+def test_blocks():
+    """R=4 and R=8 with two scalings; LoRA of R=4 is a run of its own and dedicated in R=8."""
+    runs = [
+        record(curve([0.1, 0.2, 0.3]), method=method, rank=rank, adapter__scaling=scaling)
+        for method in ("lora", "matryoshka")
+        for rank in (4, 8)
+        for scaling in ("none", "sqrt")
+    ]
+    tables = rank_tables(runs)
+    assert [(t.shared["R"], t.shared["scaling"]) for t in tables] == [
+        ("4", "none"), ("8", "none"), ("4", "sqrt"), ("8", "sqrt"),
+    ]  # fmt: skip
+    assert [r.method for r in tables[1].rows] == ["LoRA", "MatryoshkaLoRA", "LoRA dedicated R=4"]
+    assert tables[1].rows[2].cells.keys() == {4}
+    whole = rank_table(runs, "toy", 0, "exact_match", "strict-match")
+    assert whole.shared == {"model": "tiny", "dataset": "arithmetic"}
+
+
+def test_lines_that_coincide_are_drawn_once():
+    rows = [
+        *curve([0.1, 0.2, 0.3]),
+        *[
+            row(r, v, "trained", same_as=f"prefix@{r}")
+            for r, v in zip((1, 2, 4), (0.1, 0.2, 0.3), strict=True)
+        ],
+        row(1, 0.2, "svd"),
+        row(2, 0.25, "svd"),
+        row(4, 0.3, "svd", same_as="trained@4"),
+    ]
+    (table,) = rank_tables([record(rows)])
+    assert [r.same_as for r in table.rows] == [None, "prefix", None]
+    assert [rules for _, rules in _drawn(table)] == [["prefix", "trained"], ["svd"]]
+
+
+def test_regeneration_is_byte_identical(grid, tmp_path):
+    first = write_report("toy", grid, tmp_path / "a", planned=[config("matryoshka")])
+    second = write_report("toy", grid[::-1], tmp_path / "b", planned=[config("matryoshka")])
+    names = [str(path.relative_to(tmp_path / "a")) for path in first]
+    assert names == [
+        "tables/toy.csv", "tables/toy.md", "tables/toy.tex", "figures/toy.png", "figures/toy.pdf",
+    ]  # fmt: skip
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
+    assert b"CreationDate" not in first[-1].read_bytes()
+
+
+def test_figures_of_odd_tables(tmp_path):
+    """Only a base, only a null, and two metrics with a hole: drawn without an error."""
+    only_base = record([row(0, 0.1)])
+    only_null = record([row(1, None)], seed=2)
+    two = record([*curve([0.1, None, 0.3]), *curve([2.0, 1.0, 1.0], metric="loss")], seed=3)
+    for number, runs in enumerate([[only_base], [only_null], [only_base, only_null, two]]):
+        tables = rank_tables(runs)
+        write_tables(tables, tmp_path / f"{number}", "odd")
+        (path,) = plot_tables(tables, tmp_path / f"{number}", suffixes=[".png"])
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_format_run_table():
+    rows = [row(0, 0.05), *curve([0.1, 0.2, 0.4]), *curve([0.3, 0.4, 0.4], rule="svd")]
+    rows[1] = dataclasses.replace(rows[1], trained_rank=False)
+    rows += [row(0, 3.0, metric="loss"), *curve([2.0, None, 1.0], metric="loss")]
+    text = format_run_table(record(rows, status="evaluating"))
+    assert text == "\n".join(
+        [
+            "toy 0-shot, exact_match (strict-match) [%], 10 documents, base model 5.0",
+            "rule     r=1    r=2    r=4  AURAC  linear",
+            "prefix  10.0*  20.0   40.0   22.5    25.0",
+            "svd     30.0   40.0   40.0   37.5    38.3",
+            "* rank outside the trained sub-ranks",
+            "",
+            "toy 0-shot, loss [nats/token], 10 documents, base model 3.000",
+            "rule      r=1  r=2     r=4  AURAC  linear",
+            "prefix  2.000    -   1.000      -       -",
+        ]
+    )
+
+
+def test_format_run_table_before_any_result():
+    assert "nothing evaluated yet (training)" in format_run_table(record([], status="training"))
+    assert run_tables(record([])) == []
+
+
+def report(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_script(grid, tmp_path):
+    folder = tmp_path / "results" / "records" / "toy"
+    for number, one in enumerate(grid):
+        write_record(folder / f"run{number}" / "record.json", one)
+    done = report(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = write_report("toy", [read_record(p) for p in folder.rglob("*.json")], tmp_path)
+    assert len(done.stdout.split()) == 5
+    for path in expected:
+        made = tmp_path / "results" / path.relative_to(tmp_path)
+        assert made.read_bytes() == path.read_bytes()
+    corrupt = folder / "run0" / "record.json"
+    corrupt.write_text('{"schema": 1')
+    done = report("results/records", cwd=tmp_path)
+    assert done.returncode == 1 and "run0/record.json is not a valid" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert corrupt.read_text() == '{"schema": 1'
+
+
+def test_the_script_without_records(tmp_path):
+    done = report("nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and "nowhere is not a folder" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = report("empty", cwd=tmp_path)
+    assert done.returncode == 1 and "no records below empty" in done.stderr
