@@ -1,0 +1,173 @@
+"""Records, prompts and tokens: equal to the harness's, and every mistake named."""
+
+import json
+
+import lm_eval.tasks
+import numpy as np
+import pandas
+import pytest
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import AutoTokenizer
+
+from matryoshka_lora.config import DatasetConfig
+from matryoshka_lora.data import (
+    Example,
+    fingerprint,
+    load_records,
+    pack,
+    split_validation,
+    tokenize,
+)
+from matryoshka_lora.models import EMBEDDED
+
+RECORDS = [
+    {
+        "question": f"Ada has {n} books and buys 2. How many?",
+        "answer": f"{n}+2={n + 2}\n#### {n + 2}",
+    }
+    for n in range(1, 11)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+def write(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def gsm8k(**options):
+    return DatasetConfig(name="gsm8k", **options)
+
+
+def test_prompt_text_and_token_boundary_are_the_harness_own(tokenizer):
+    from jinja2 import Template
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    path = next(p for p in lm_eval.tasks.__path__) + "/gsm8k/gsm8k.yaml"
+    task = load_yaml(path, resolve_func=False)
+    lm = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(EMBEDDED), tokenizer=tokenizer)
+    examples, _ = tokenize(RECORDS, gsm8k(), tokenizer)
+    for record, example in zip(RECORDS, examples, strict=True):
+        prompt = Template(task["doc_to_text"]).render(record)
+        answer = task.get("target_delimiter", " ") + Template(task["doc_to_target"]).render(record)
+        context, target = lm._encode_pair(prompt, answer)
+        assert list(example.tokens[: example.prompt_length]) == context
+        assert list(example.tokens[example.prompt_length :]) == [*target, tokenizer.eos_token_id]
+
+
+def test_the_papers_prompt_keeps_the_space(tokenizer):
+    examples, _ = tokenize(RECORDS[:1], gsm8k(prompt="paper"), tokenizer)
+    text = tokenizer.decode(examples[0].tokens[: examples[0].prompt_length])
+    assert text == f"Question: {RECORDS[0]['question']}\nAnswer: "
+
+
+def test_platypus_prompt(tokenizer):
+    record = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    config = DatasetConfig(name="platypus")
+    for given, middle in ((record, "### Input:\n2 and 3\n\n"), (record | {"input": ""}, "")):
+        examples, _ = tokenize([given], config, tokenizer)
+        text = tokenizer.decode(examples[0].tokens)
+        assert text == f"### Instruction:\nAdd.\n\n{middle}### Response:\n5</s>"
+        assert tokenizer.decode(examples[0].tokens[examples[0].prompt_length :]) == "5</s>"
+
+
+def test_truncated_and_fully_masked_examples_are_counted(tokenizer):
+    whole, _ = tokenize(RECORDS, gsm8k(), tokenizer)
+    length = min(len(example.tokens) for example in whole) - 2
+    cut, counts = tokenize(RECORDS, gsm8k(max_length=length), tokenizer)
+    assert counts == {"records": 10, "used": 10, "truncated": 10, "fully_masked": 0}
+    assert all(len(example.tokens) == length for example in cut)
+    longer = {"question": RECORDS[0]["question"] * 3, "answer": "1 #### 1"}
+    _, counts = tokenize([*RECORDS, longer], gsm8k(max_length=length), tokenizer)
+    assert counts == {"records": 11, "used": 10, "truncated": 11, "fully_masked": 1}
+    with pytest.raises(ValueError, match="none of 10 examples keeps a label.*raise it"):
+        tokenize(RECORDS, gsm8k(max_length=5), tokenizer)
+
+
+def test_packing():
+    batch = pack([Example((1, 2, 3, 4), 2), Example((5, 6, 7), 1)])
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.lengths == (4, 3)
+    assert batch.label_rows.tolist() == [1, 2, 4, 5]
+    assert batch.labels.tolist() == [3, 4, 6, 7]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_local_copies_in_every_format(tmp_path, suffix):
+    if suffix == "parquet":
+        pandas.DataFrame(RECORDS).to_parquet(tmp_path / "train.parquet")
+    else:
+        lines = "\n".join(map(json.dumps, RECORDS))
+        write(tmp_path, f"train.{suffix}", lines if suffix == "jsonl" else json.dumps(RECORDS))
+    assert load_records(gsm8k(path=str(tmp_path))) == RECORDS
+    assert load_records(gsm8k(path=str(tmp_path), limit=3)) == RECORDS[:3]
+
+
+def test_fingerprint_follows_the_text_that_is_trained_on():
+    first = fingerprint(RECORDS, gsm8k())
+    assert first == fingerprint([record | {"note": 1} for record in RECORDS], gsm8k())
+    assert first != fingerprint(RECORDS[::-1], gsm8k())
+    assert first != fingerprint(RECORDS, gsm8k(prompt="paper"))
+
+
+def test_validation_split_is_fixed_and_disjoint():
+    train, held_out = split_validation(RECORDS, 0.2)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert split_validation(RECORDS, 0.2) == (train, held_out)
+    everything = sorted(record["answer"] for record in [*train, *held_out])
+    assert everything == sorted(record["answer"] for record in RECORDS)
+    assert split_validation(RECORDS, 0.0) == (RECORDS, [])
+
+
+GOOD = json.dumps(RECORDS[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"holds no train\{.jsonl"),
+        ({"train.jsonl": ""}, "holds no records"),
+        ({"train.jsonl": f"{GOOD}\n{{oops\n"}, "line 2 is not JSON"),
+        ({"train.jsonl": f"{GOOD}\n[1]\n"}, "record 2 is not a JSON object"),
+        ({"train.jsonl": f'{GOOD}\n{{"question": "x"}}\n'}, "record 2: field 'answer' is missing"),
+        ({"train.jsonl": '{"question": "x", "answer": 3}'}, "field 'answer' is missing, empty or"),
+        ({"train.json": '{"a": 1}'}, "not a JSON list"),
+        ({"train.json": "oops"}, "is not JSON"),
+        ({"train.parquet": "oops"}, "is not Parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, files, message):
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    with pytest.raises(ValueError, match=message):
+        load_records(gsm8k(path=str(tmp_path)))
+
+
+def test_bad_sources_are_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is not a folder"):
+            load_records(gsm8k(path=str(path)))
+    with pytest.raises(ValueError, match="unknown; allowed: gsm8k.*did you mean gsm8k"):
+        load_records(DatasetConfig(name="gsm8"))
+    with pytest.raises(ValueError, match="set dataset.path=FOLDER"):
+        load_records(gsm8k())
+
+
+def test_an_unreachable_hub_says_how_to_use_a_local_copy():
+    with pytest.raises(ValueError, match=r"openai/gsm8k .*cannot be read.*dataset.path=FOLDER"):
+        load_records(gsm8k(hub="openai/gsm8k", subset="main"))
+
+
+def test_the_split_does_not_depend_on_numpys_global_state():
+    np.random.seed(0)
+    first = split_validation(RECORDS, 0.3)
+    np.random.seed(1)
+    assert split_validation(RECORDS, 0.3) == first
