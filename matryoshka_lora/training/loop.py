@@ -1,0 +1,385 @@
+"""The training loop."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from matryoshka_lora.adapters import adapter_parameters, set_diagonal
+from matryoshka_lora.attention import packed_attention, packed_inputs
+from matryoshka_lora.config import Config, TrainerConfig
+from matryoshka_lora.data import Example, pack
+from matryoshka_lora.methods import Method
+from matryoshka_lora.models import decoder_layers
+from matryoshka_lora.records import write_atomically
+from matryoshka_lora.training.checkpoints import load_checkpoint, save_checkpoint
+from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two progress lines.
+PROGRESS_EVERY = 5.0
+
+
+def batch_loss(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    diagonals: Tensor,
+    *,
+    packed: bool = True,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
+
+    diagonals: (R,) for all examples, or (len(examples), R), one each: in a packed row a diagonal
+    per token, in padded rows one per row. Logits are computed for label positions only, the softmax
+    in float32 or higher. In packed rows the caller must have `packed_attention` in place.
+    """
+    device = model.device
+    batch = pack(examples)
+    lengths = torch.tensor(batch.lengths)
+    tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+    if packed:
+        if diagonals.dim() == 2:
+            diagonals = diagonals.repeat_interleave(lengths.to(diagonals.device), 0)[None]
+        set_diagonal(model, diagonals)
+        inputs = packed_inputs(batch.lengths, device, max_length=max_tokens)
+        rows = batch.label_rows.to(device)
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows, **inputs).logits[0]
+    else:
+        set_diagonal(model, diagonals[:, None] if diagonals.dim() == 2 else diagonals)
+        mask = torch.arange(max(batch.lengths))[None] < lengths[:, None]
+        padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, batch.tokens[0])
+        where = mask.nonzero()[batch.label_rows].to(device)
+        logits = model(
+            input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False
+        ).logits[where[:, 0], where[:, 1]]
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def fit(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    method: Method,
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Train the adapters of `model` in place and return the summary for the record.
+
+    The loss of a step is the mean over the label tokens of its whole effective batch, over all
+    processes and forwards. Resumes from the newest checkpoint in `folder`; appends to
+    `folder/train.jsonl` and hands each of its rows to `on_step`. Raises FloatingPointError naming
+    step and samples on a non-finite loss.
+    """
+    settings = config.trainer
+    check_cut(settings.effective_batch, accelerator.num_processes, settings.micro_batch)
+    steps = total_steps(
+        len(examples), settings.effective_batch, settings.epochs, settings.max_steps
+    )
+    parameters = list(adapter_parameters(model).values())
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+        fused=device.type == "cuda",
+    )
+    log = _StepLog(folder, steps, accelerator.is_main_process, on_step)
+    first, spent = 0, 0.0
+    if state := load_checkpoint(folder / "checkpoints", device):
+        with torch.no_grad():
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        first, spent = state["step"], state["seconds"]
+        logger.info("resuming at step %d of %d", first, steps)
+    log.start(first)
+    bank = method.diagonals.to(device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.monotonic()
+    model.train()
+    # In place for the backward pass too, where checkpointed layers run again.
+    with packed_attention(model) if settings.packed else nullcontext(), log:
+        for step in range(first, steps):
+            ids = batch_ids(config.seed, step, len(examples), settings.effective_batch)
+            batch = [examples[i] for i in ids]
+            choice = method.choose(config.seed, step, len(ids), settings.micro_batch)
+            label_tokens = sum(example.labels for example in batch)
+            loss = torch.zeros((), dtype=torch.float32, device=device)
+            for forward, weight in _forwards(batch, settings, accelerator):
+                part = choice[forward]
+                # One diagonal for all where they agree, else one an example.
+                same = bool((choice == choice[0]).all())
+                p = bank[part[0]] if same else bank[torch.from_numpy(part).to(device)]
+                part_loss = batch_loss(
+                    model, [batch[i] for i in forward], p, packed=settings.packed
+                )
+                part_loss = part_loss * (weight / label_tokens)
+                part_loss.backward()
+                loss += part_loss.detach()
+            _sum_over_processes(parameters, loss, accelerator)
+            live = _live_rows(method.ranks, choice[0]) if method.frozen else None
+            rows = _row_square_sums(parameters, live)
+            norm = rows.sum().sqrt()
+            scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(_grads(parameters), scale)
+            lr = settings.lr * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = lr
+            _update(optimizer, parameters, live)
+            optimizer.zero_grad()
+            log.add(
+                step,
+                ids,
+                {
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "block_grad_norms": _block_norms(rows, config.train_ranks),
+                },
+                {
+                    "lr": lr,
+                    "label_tokens": label_tokens,
+                    "tokens": sum(len(example.tokens) for example in batch),
+                    "ranks": np.bincount(choice, minlength=len(method.ranks)).tolist(),
+                    "seconds": spent + time.monotonic() - began,
+                },
+            )
+            done = step + 1
+            if done % settings.save_every == 0 and done < steps:
+                log.flush()
+                if accelerator.is_main_process:
+                    state = {
+                        "step": done,
+                        "seconds": spent + time.monotonic() - began,
+                        "parameters": [parameter.detach() for parameter in parameters],
+                        "optimizer": optimizer.state_dict(),
+                    }
+                    save_checkpoint(folder / "checkpoints", done, state)
+        log.flush()
+    model.eval()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return log.summary(peak)
+
+
+def _forwards(
+    batch: Sequence[Example], settings: TrainerConfig, accelerator: Accelerator
+) -> Iterator[tuple[list[int], float]]:
+    """(positions in the effective batch, weight) of each forward of this process.
+
+    Where the base is sharded every process must run equally many forwards: one that has fewer
+    repeats a sample with weight 0.
+    """
+    lengths = [len(example.tokens) for example in batch]
+    cuts = [
+        cut(lengths, process, accelerator.num_processes, settings.micro_batch, settings.max_tokens)
+        for process in range(accelerator.num_processes)
+    ]
+    mine = cuts[accelerator.process_index]
+    yield from ((positions, 1.0) for positions in mine)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for _ in range(max(map(len, cuts)) - len(mine)):
+            yield [0], 0.0
+
+
+def _sum_over_processes(
+    parameters: Sequence[nn.Parameter], loss: Tensor, accelerator: Accelerator
+) -> None:
+    """Add up gradients and loss over the processes, in one message."""
+    for parameter in parameters:
+        if parameter.grad is None:  # a process without a sample in the last batch of an epoch
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    grads = [*_grads(parameters), loss]
+    total = accelerator.reduce(torch.cat([grad.float().flatten() for grad in grads]), "sum")
+    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view(grad.shape))
+
+
+def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _live_rows(ranks: Sequence[int], chosen: int) -> tuple[int, int]:
+    """The rows that frozen DyLoRA trains at a drawn rank: those beyond the next smaller one."""
+    return (ranks[chosen - 1] if chosen else 0), ranks[chosen]
+
+
+def _factor_pairs(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int]]:
+    """(factor, axis of the rank): lora_A is (R, in) and lora_B (out, R), in turn."""
+    for index, parameter in enumerate(parameters):
+        yield parameter, index % 2
+
+
+def _row_square_sums(parameters: Sequence[nn.Parameter], live: tuple[int, int] | None) -> Tensor:
+    """Squared gradient norm of each of the R rows over all layers; rows not live are zeroed."""
+    sums = []
+    for parameter, axis in _factor_pairs(parameters):
+        assert parameter.grad is not None
+        if live is not None:
+            size = parameter.shape[axis]
+            parameter.grad.narrow(axis, 0, live[0]).zero_()
+            parameter.grad.narrow(axis, live[1], size - live[1]).zero_()
+        sums.append(parameter.grad.float().square().sum(1 - axis))
+    return torch.stack(sums).sum(0)
+
+
+def _block_norms(rows: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Gradient norm of each block of rows between neighbouring sub-ranks, (len(ranks),)."""
+    blocks = zip([0, *ranks], ranks, strict=False)
+    return torch.stack([rows[start:end].sum() for start, end in blocks]).sqrt()
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    live: tuple[int, int] | None,
+) -> None:
+    """One optimizer step; rows that are not live keep their values and their moments."""
+    if live is None:
+        optimizer.step()
+        return
+    before = []
+    for parameter, axis in _factor_pairs(parameters):
+        state = optimizer.state[parameter]
+        kept = [parameter.data, *(state[k] for k in ("exp_avg", "exp_avg_sq") if k in state)]
+        before.append((parameter, axis, [tensor.clone() for tensor in kept]))
+    optimizer.step()
+    for parameter, axis, old in before:
+        state = optimizer.state[parameter]
+        # On the first step there are no moments yet: those of dead rows start at zero.
+        moments = old[1:] or [torch.zeros_like(parameter)] * 2
+        new = [parameter.data, state["exp_avg"], state["exp_avg_sq"]]
+        for current, value in zip(new, [old[0], *moments], strict=True):
+            for start, end in ((0, live[0]), (live[1], parameter.shape[axis])):
+                current.narrow(axis, start, end - start).copy_(
+                    value.narrow(axis, start, end - start)
+                )
+
+
+class _StepLog:
+    """`train.jsonl` and the progress line.
+
+    Values are read one step late, so that no step waits for the device: a non-finite loss is
+    noticed before the next checkpoint, at the latest one step after it came up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        writes: bool,
+        on_step: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.path, self.steps, self.writes, self.on_step = (
+            folder / "train.jsonl",
+            steps,
+            writes,
+            on_step,
+        )
+        self.rows: list[dict[str, Any]] = []
+        self.pending: tuple[int, np.ndarray, dict[str, Tensor], dict[str, Any]] | None = None
+        self.shown = time.monotonic()
+        self.file: Any = None
+
+    def start(self, first: int) -> None:
+        """Keep the rows of the steps before `first`, as a checkpoint may be older than the log."""
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines()[:first]:
+                self.rows.append(json.loads(line))
+        assert len(self.rows) == first or not self.writes, (
+            "train.jsonl is shorter than its checkpoint"
+        )
+        if self.writes:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            write_atomically(self.path, text.encode())
+            self.file = self.path.open("a")
+
+    def add(
+        self, step: int, ids: np.ndarray, tensors: dict[str, Tensor], row: dict[str, Any]
+    ) -> None:
+        self.flush()
+        self.pending = (step, ids, tensors, row)
+
+    def flush(self) -> None:
+        """Read the values of the last step, write its row, show progress."""
+        if self.pending is None:
+            return
+        step, ids, tensors, row = self.pending
+        self.pending = None
+        values: dict[str, Any] = {name: tensor.tolist() for name, tensor in tensors.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
+                f"of the step: {ids.tolist()}. Lower trainer.lr, or look at these samples"
+            )
+        before = self.rows[-1]["seconds"] if self.rows else 0.0
+        row["tokens_per_second"] = row["tokens"] / max(row["seconds"] - before, 1e-9)
+        self.rows.append({"step": step, **values, **row})
+        if not self.writes:
+            return
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
+        self.on_step(self.rows[-1])
+        if time.monotonic() - self.shown > PROGRESS_EVERY or step + 1 in (1, self.steps):
+            self.shown = time.monotonic()
+            self.file.flush()
+            window = self.rows[-50:]
+            speed = sum(r["tokens"] for r in window) / max(
+                window[-1]["seconds"] - window[0]["seconds"] + 1e-9, 1e-9
+            )
+            rate = (window[-1]["seconds"] - window[0]["seconds"]) / max(len(window) - 1, 1)
+            logger.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s  %s left",
+                step + 1,
+                self.steps,
+                values["loss"],
+                speed,
+                time.strftime("%M:%S", time.gmtime(rate * (self.steps - step - 1))),
+            )
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def summary(self, peak_memory_gib: float | None) -> dict[str, Any]:
+        last = self.rows[-10:]
+        seconds = self.rows[-1]["seconds"]
+        tokens = sum(row["tokens"] for row in self.rows)
+        return {
+            "steps": len(self.rows),
+            "tokens": tokens,
+            "label_tokens": sum(row["label_tokens"] for row in self.rows),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": peak_memory_gib,
+            "first_loss": self.rows[0]["loss"],
+            "final_loss": sum(row["loss"] for row in last) / len(last),
+        }

@@ -1,0 +1,68 @@
+"""The batch plan: pure functions of (seed, step), so resuming needs only a step number."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Tells the random stream of the batch order from that of the drawn ranks.
+ORDER_STREAM = 0
+
+
+def steps_per_epoch(samples: int, effective_batch: int) -> int:
+    """Steps an epoch takes; its last batch may be smaller and is used."""
+    return -(-samples // effective_batch)
+
+
+def total_steps(samples: int, effective_batch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a training."""
+    steps = max(1, round(epochs * steps_per_epoch(samples, effective_batch)))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def batch_ids(seed: int, step: int, samples: int, effective_batch: int) -> np.ndarray:
+    """The sample ids of the effective batch of a step (counted from 0)."""
+    epoch, index = divmod(step, steps_per_epoch(samples, effective_batch))
+    order = np.random.default_rng([seed, epoch, ORDER_STREAM]).permutation(samples)
+    return order[index * effective_batch : (index + 1) * effective_batch]
+
+
+def cut(
+    lengths: Sequence[int],
+    process: int,
+    processes: int,
+    micro_batch: int | None,
+    max_tokens: int,
+) -> list[list[int]]:
+    """The forwards of one process: lists of positions in the effective batch.
+
+    lengths: tokens of each sample of the effective batch. Without `micro_batch` a forward takes
+    samples in order up to `max_tokens` tokens, at least one.
+    """
+    mine = np.array_split(np.arange(len(lengths)), processes)[process].tolist()
+    forwards: list[list[int]] = []
+    tokens = 0
+    for position in mine:
+        if micro_batch is None:
+            full = tokens + lengths[position] > max_tokens
+        else:
+            full = bool(forwards) and len(forwards[-1]) == micro_batch
+        if full or not forwards:
+            forwards.append([])
+            tokens = 0
+        forwards[-1].append(position)
+        tokens += lengths[position]
+    return forwards
+
+
+def check_cut(effective_batch: int, processes: int, micro_batch: int | None) -> None:
+    """Raises ValueError, listing what would fit, unless the effective batch splits evenly."""
+    unit = processes * (micro_batch or 1)
+    if effective_batch % unit == 0:
+        return
+    given = f"trainer.effective_batch={effective_batch} cannot be made of {processes} process(es)"
+    if effective_batch % processes:
+        fits = [n for n in range(1, effective_batch + 1) if effective_batch % n == 0]
+        raise ValueError(f"{given}; process counts that fit: {fits}")
+    share = effective_batch // processes
+    fits = [n for n in range(1, share + 1) if share % n == 0]
+    raise ValueError(f"{given} x trainer.micro_batch={micro_batch}; micro-batches that fit: {fits}")

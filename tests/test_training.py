@@ -1,0 +1,336 @@
+"""The loop: cutting a batch, packing it, resuming and freezing do not change the mathematics."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TARGETS, small_llama
+
+from matryoshka_lora.adapters import adapter_layers, adapter_parameters, add_adapters
+from matryoshka_lora.attention import packed_attention
+from matryoshka_lora.config import Config
+from matryoshka_lora.data import Example
+from matryoshka_lora.methods import adapter_spec_of, build_method
+from matryoshka_lora.training import batch_loss, fit
+from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
+
+
+def make_examples(count=50, seed=0):
+    draw = random.Random(seed)
+    return [
+        Example(tuple(draw.randrange(64) for _ in range(draw.randrange(5, 20))), 3)
+        for _ in range(count)
+    ]
+
+
+def make_config(method="matryoshka", **trainer):
+    config = Config()
+    config.adapter.rank, config.method.name = 8, method
+    config.trainer.lr, config.trainer.max_steps, config.trainer.effective_batch = 1e-2, 6, 8
+    for key, value in trainer.items():
+        setattr(config.trainer, key, value)
+    return config
+
+
+def make_model(config, dtype=torch.float32, fill_B=False):
+    model = small_llama(dtype=dtype)
+    add_adapters(model, adapter_spec_of(config), TARGETS, dtype=dtype, seed=config.seed)
+    if fill_B:
+        generator = torch.Generator().manual_seed(1)
+        for layer in adapter_layers(model).values():
+            B = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
+            layer.lora_B.data.copy_(0.1 * B)
+    return model
+
+
+def train(folder, config, model=None, examples=None):
+    model = make_model(config) if model is None else model
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = fit(
+        model,
+        examples or make_examples(),
+        build_method(config),
+        config,
+        folder,
+        Accelerator(cpu=True),
+    )
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    return model, rows, summary
+
+
+def factors(model):
+    return torch.cat([p.detach().flatten().double() for p in adapter_parameters(model).values()])
+
+
+def relative(ours, reference):
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def loss_and_gradients(model, examples, diagonals, micro, packed):
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = None
+    total = 0.0
+    for start in range(0, len(examples), micro):
+        p = diagonals if diagonals.dim() == 1 else diagonals[start : start + micro]
+        part = examples[start : start + micro]
+        if packed:
+            with packed_attention(model):
+                loss = batch_loss(model, part, p)
+        else:
+            loss = batch_loss(model, part, p, packed=False)
+        loss.backward()
+        total += loss.item()
+    grads = [p.grad.flatten().double() for p in adapter_parameters(model).values()]
+    return total, torch.cat(grads)
+
+
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+@pytest.mark.parametrize(
+    ("dtype", "loss_bound", "grad_bound"),
+    [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)],
+)
+@pytest.mark.parametrize(("micro", "packed"), [(1, True), (4, True), (8, False), (2, False)])
+def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
+    method, dtype, loss_bound, grad_bound, micro, packed
+):
+    config = make_config(method)
+    chosen = build_method(config)
+    examples = make_examples(8)
+    choice = chosen.choose(0, 0, 8, None)
+    p = chosen.diagonals[choice] if method == "nested_dropout" else chosen.diagonals[0]
+    model = make_model(config, dtype, fill_B=True)
+    # The reference runs each sample alone, with nothing of ours around the model.
+    reference, expected = 0.0, None
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = None
+    for index, example in enumerate(examples):
+        for layer in adapter_layers(model).values():
+            layer.p = p[index] if p.dim() == 2 else p
+        tokens = torch.tensor([example.tokens])
+        logits = model(tokens).logits[0, example.prompt_length - 1 : -1]
+        labels = tokens[0, example.prompt_length :]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss.backward()
+        reference += loss.item()
+    expected = torch.cat([q.grad.flatten().double() for q in adapter_parameters(model).values()])
+    loss, grads = loss_and_gradients(model, examples, p, micro, packed)
+    assert abs(loss - reference) / reference < loss_bound
+    assert relative(grads, expected) < grad_bound
+
+
+@pytest.mark.parametrize("method", ["lora", "dylora", "nested_dropout"])
+def test_training_does_not_depend_on_how_the_batch_is_cut(tmp_path, method):
+    results = {}
+    for name, options in {
+        "whole": {},
+        "1x8": {"micro_batch": 1},
+        "4x2": {"micro_batch": 4},
+        "tokens": {"max_tokens": 30},
+        "padded": {"micro_batch": 4, "packed": False},
+    }.items():
+        config = make_config(method, **options)
+        model, rows, _ = train(tmp_path / name, config, make_model(config, torch.float64))
+        results[name] = factors(model), [row["loss"] for row in rows]
+    reference, losses = results.pop("whole")
+    for ours, our_losses in results.values():
+        assert relative(ours, reference) < 1e-6
+        np.testing.assert_allclose(our_losses, losses, rtol=1e-5)
+
+
+def test_another_documents_tokens_leave_a_documents_loss_bit_identical():
+    config = make_config()
+    model = make_model(config, fill_B=True)
+    first, second = make_examples(2)
+    other = Example(tuple((t + 1) % 64 for t in second.tokens), second.prompt_length)
+    p = build_method(config).p_full
+    losses = []
+    for neighbour in (second, other):
+        for layer in adapter_layers(model).values():
+            layer.p = p
+        with packed_attention(model), torch.no_grad():
+            both = batch_loss_per_document(model, [first, neighbour])
+        losses.append(both)
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+def batch_loss_per_document(model, examples):
+    """Sum of each document's label losses in one packed row."""
+    from matryoshka_lora.attention import packed_inputs
+    from matryoshka_lora.data import pack
+
+    batch = pack(examples)
+    logits = model(
+        input_ids=batch.tokens,
+        use_cache=False,
+        logits_to_keep=batch.label_rows,
+        **packed_inputs(batch.lengths, "cpu"),
+    ).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    return [part.sum().item() for part in losses.split([e.labels for e in examples])]
+
+
+@pytest.mark.parametrize("method", ["matryoshka", "dylora"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkeypatch):
+    config = make_config(method, max_steps=9, save_every=2)
+    config.method.frozen = method == "dylora"
+    reference, rows, _ = train(tmp_path / "whole", config)
+
+    class Killed(BaseException):
+        pass
+
+    seen = []
+
+    def kill(row):
+        seen.append(row)
+        if len(seen) == 6:
+            raise Killed
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with pytest.raises(Killed):
+        fit(
+            make_model(config),
+            make_examples(),
+            build_method(config),
+            config,
+            folder,
+            Accelerator(cpu=True),
+            on_step=kill,
+        )
+    assert len(list((folder / "checkpoints").glob("*.pt"))) == 2
+    resumed, resumed_rows, summary = train(folder, config)
+    assert torch.equal(factors(resumed), factors(reference))
+    assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
+    assert [row["step"] for row in resumed_rows] == list(range(9))
+    assert summary["steps"] == 9
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    config = make_config(max_steps=9, save_every=2)
+    reference, _, _ = train(tmp_path / "whole", config)
+    newest = sorted((tmp_path / "whole" / "checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:50])
+    again, rows, _ = train(tmp_path / "whole", config)
+    assert torch.equal(factors(again), factors(reference))
+    assert len(rows) == 9
+
+
+def test_the_base_is_untouched_and_the_loss_falls(tmp_path):
+    config = make_config(max_steps=40, lr=0.1)
+    model, rows, summary = train(tmp_path, config, examples=make_examples(8))
+    base = small_llama().state_dict()
+    assert all(torch.equal(base[name], model.state_dict()[name]) for name in base)
+    assert summary["final_loss"] < 0.9 * summary["first_loss"]
+    assert summary["tokens"] == sum(row["tokens"] for row in rows)
+    assert rows[0]["lr"] == 0.1 and rows[-1]["lr"] == pytest.approx(0.1 / 40)
+    norms = np.array([row["block_grad_norms"] for row in rows])
+    np.testing.assert_allclose(
+        np.sqrt((norms**2).sum(1)), [row["grad_norm"] for row in rows], rtol=1e-5
+    )
+
+
+def test_updates_equal_torchs_adamw_and_clipping(tmp_path):
+    config = make_config(max_steps=3, clip_norm=0.05)
+    ours, rows, _ = train(tmp_path, config)
+    model, examples = make_model(config), make_examples()
+    parameters = list(adapter_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        ids = batch_ids(config.seed, step, len(examples), 8)
+        batch = [examples[i] for i in ids]
+        loss = batch_loss(model, batch, build_method(config).p_full, packed=False)
+        (loss / sum(e.labels for e in batch)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+        assert rows[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative(factors(ours), factors(model)) < 1e-4
+
+
+def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path):
+    config = make_config("dylora", max_steps=1)
+    config.method.frozen = True
+    method = build_method(config)
+    for seed in range(8):  # several drawn ranks
+        config.seed = seed
+        model = make_model(config, fill_B=True)
+        before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+        train(tmp_path / str(seed), config, model)
+        rank = method.ranks[method.choose(seed, 0, 8, None)[0]]
+        previous = max((r for r in method.ranks if r < rank), default=0)
+        for name, parameter in adapter_parameters(model).items():
+            moved = (parameter != before[name]).any(1 if name.endswith("A") else 0)
+            assert not moved[:previous].any() and not moved[rank:].any()
+            assert moved[previous:rank].any()
+
+
+def test_a_non_finite_loss_names_step_and_samples(tmp_path):
+    config = make_config(lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*samples of the step: \["):
+        train(tmp_path, config)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = make_config(max_steps=9, save_every=2)
+    reference, _, _ = train(tmp_path / "whole", config)
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left.*run the same command again"):
+        train(tmp_path / "full", config)
+    monkeypatch.undo()
+    names = sorted(path.name for path in (tmp_path / "full" / "checkpoints").iterdir())
+    assert names == ["step-00000002.pt", "step-00000004.pt"]
+    resumed, _, _ = train(tmp_path / "full", config)
+    assert torch.equal(factors(resumed), factors(reference))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    reference, _, _ = train(tmp_path / "plain", make_config())
+    ours, _, _ = train(tmp_path / "saved", make_config(gradient_checkpointing=True))
+    assert torch.equal(factors(ours), factors(reference))
+
+
+def test_every_sample_is_used_once_an_epoch():
+    for epoch in range(2):
+        steps = range(epoch * 7, epoch * 7 + 7)
+        seen = np.concatenate([batch_ids(3, step, 50, 8) for step in steps])
+        assert sorted(seen) == list(range(50))
+    assert not np.array_equal(batch_ids(3, 0, 50, 8), batch_ids(3, 7, 50, 8))
+    assert total_steps(50, 8, 3, None) == 21
+    assert total_steps(50, 8, 3, 5) == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_cuts_cover_the_batch_once(processes, micro_batch):
+    lengths = [random.Random(i).randrange(1, 40) for i in range(17)]
+    forwards = [
+        forward
+        for process in range(processes)
+        for forward in cut(lengths, process, processes, micro_batch, 50)
+    ]
+    assert sorted(sum(forwards, [])) == list(range(17))
+    for forward in forwards:
+        assert len(forward) <= (micro_batch or 17)
+        assert micro_batch or sum(lengths[i] for i in forward) <= 50
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "micro", "message"),
+    [(32, 3, None, r"process counts that fit: \[1, 2, 4"), (32, 2, 5, r"that fit: \[1, 2, 4, 8")],
+)
+def test_a_batch_that_cannot_be_made_lists_what_fits(batch, processes, micro, message):
+    with pytest.raises(ValueError, match=message):
+        check_cut(batch, processes, micro)
