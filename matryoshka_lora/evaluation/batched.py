@@ -1,0 +1,848 @@
+"""The batched engine: all points of a sweep answered together, every row with its own diagonal.
+
+Contexts are prefilled as one packed row after another, without padding and with logits only where
+they are read; a context that several requests of a point share is computed once. Answers are then
+decoded greedily, all rows together, one token a step; rows that end make room for waiting ones. The
+host looks at the tokens every few steps only: what a row produced past its end is cut off there.
+
+The answers are those of lm-eval's HF backend at batch size 1 (its larger batches end a row later,
+which matters only where a stop string crosses another or is a special token).
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice, product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from matryoshka_lora.adapters import AdapterLinear, adapter_layers
+from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
+from matryoshka_lora.evaluation.engine import Output, Point, Request
+from matryoshka_lora.evaluation.hf import evaluation_mode
+
+logger = logging.getLogger(__name__)
+
+Answers = list[tuple[int, Output]]
+
+STEPS_PER_CHECK = 8
+"""Decoding steps between two looks of the host; a finished row idles for half of them at most."""
+CPU_SLOTS_BYTES = 512 * 2**20
+"""Keys and values held on the CPU at most."""
+LIMITS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
+"""Per device: rows decoded together and tokens prefilled together, where nothing else is asked."""
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Per device: the logits of one prefill, in the model's dtype."""
+LOGPROB_ROWS = 1024
+"""Rows of logits that are turned to float32 at a time."""
+FLASH_TOLERANCE = 0.02
+"""Relative difference allowed between two attentions in half precision (bf16 rounds by 0.004)."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "guidance_scale": (None, 1.0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+    "penalty_alpha": (None, 0.0),
+    "stop_strings": (None,),
+    "max_time": (None,),
+}
+"""Settings of a generation config that change greedy answers, and the values that do not."""
+
+
+class BatchedEngine:
+    """Answers the jobs of any mix of points together; see `Engine`.
+
+    max_rows: answers decoded at once; max_tokens: tokens prefilled at once. By default both follow
+    from the device and its free memory. Where memory runs out all the same, both are halved for
+    good, the rows in flight start again, and the log says so.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        refuse(model)
+        limits = LIMITS[model.device.type]
+        self.model = model
+        self.max_rows = max_rows or limits[0]
+        self.max_tokens = max_tokens or limits[1]
+        self.stops = StopStrings(tokenizer)
+
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+        """See `Engine.run`. The model is the engine's until the iterator ends or is closed."""
+        if not jobs:
+            return
+        assert len({point.factors for point, _ in jobs}) == 1, "one factor set a call"
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(packed_attention(self.model))
+            layers = stack.enter_context(compute_factors(self.model))
+            batch = Batch(self, layers, jobs)
+            while batch.busy:
+                answers = None
+                try:
+                    answers = batch.advance()
+                except torch.OutOfMemoryError as error:
+                    logger.debug("out of memory", exc_info=error)
+                # Outside the handler, where the failed call's tensors are gone.
+                if answers is None:
+                    batch.halve()
+                else:
+                    yield from answers
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raises ValueError for what greedy decoding here would not do as transformers does it."""
+    if model.device.type not in LIMITS:
+        raise ValueError(
+            f"the batched engine runs on {' and '.join(LIMITS)}, the model is on "
+            f"{model.device}; use eval.engine=hf"
+        )
+    for name, neutral in NEUTRAL.items():
+        value = getattr(model.generation_config, name, None)
+        if value not in neutral:
+            raise ValueError(
+                f"the model's generation config sets {name}={value!r}, which changes greedy "
+                "answers and which the batched engine does not do; use eval.engine=hf"
+            )
+
+
+@contextmanager
+def compute_factors(model: PreTrainedModel) -> Iterator[list[AdapterLinear]]:
+    """The adapter layers, factors in the dtype of the computation so that no forward casts them.
+
+    They are rounded where the layer would round them. Factors and diagonals are restored.
+    """
+    layers = list(adapter_layers(model).values())
+    before = [(layer.lora_A.data, layer.lora_B.data, layer.p) for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_A.data = layer.lora_A.data.to(model.dtype)
+            layer.lora_B.data = layer.lora_B.data.to(model.dtype)
+        yield layers
+    finally:
+        for layer, (A, B, p) in zip(layers, before, strict=True):
+            layer.lora_A.data, layer.lora_B.data, layer.p = A, B, p
+
+
+@dataclass
+class Group:
+    """Requests of one point with the same context, which is computed once for all of them."""
+
+    point: int
+    """Row of the table of diagonals."""
+    context: tuple[int, ...]
+    generate: int | None = None
+    """Index of the job to generate for."""
+    endings: list[int] = field(default_factory=list)
+    """Indices of the jobs whose targets follow the context."""
+
+
+@dataclass(frozen=True)
+class KeyShape:
+    """What one layer keeps of a token: (kv_heads, d) of key and value."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of one token."""
+        numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
+        return numbers * self.dtype.itemsize
+
+
+class Probe(Cache):
+    """Learns from one forward what each layer keeps of a token."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.shapes: list[KeyShape] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model."""
+        assert layer_idx == len(self.shapes), "layers that share keys are not supported"
+        key, value = ((x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        self.shapes.append(KeyShape(key, value, key_states.dtype))
+        return key_states, value_states
+
+
+class Slots(Cache):
+    """Keys and values of all rows, per layer (rows * size, kv_heads, d): row i owns one stretch.
+
+    `destination` says where the next forward's keys go, `source` which tokens of the packed row
+    they are of (None: all). While `decoding` that many rows, attention sees their slots, otherwise
+    only the forward's own keys.
+    """
+
+    source: Tensor | None
+    destination: Tensor
+
+    def __init__(
+        self, layers: Sequence[KeyShape], rows: int, size: int, device: torch.device
+    ) -> None:
+        super().__init__(layers=[])
+        self.rows, self.size, self.decoding = rows, size, 0
+        # Zeros, not empty: a masked key has weight 0, but 0 * nan would be nan.
+        self.keys, self.values = (
+            [torch.zeros(rows * size, *shape, dtype=x.dtype, device=device) for shape, x in pairs]
+            for pairs in ([(x.key, x) for x in layers], [(x.value, x) for x in layers])
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model: (1, kv_heads, T, d) in; what attention is to see out."""
+        key = self._write(key_states, self.keys[layer_idx])
+        value = self._write(value_states, self.values[layer_idx])
+        return (key, value) if self.decoding else (key_states, value_states)
+
+    def _write(self, states: Tensor, slots: Tensor) -> Tensor:
+        tokens = states[0].transpose(0, 1)
+        if self.source is not None:
+            tokens = tokens[self.source]
+        slots.index_copy_(0, self.destination, tokens)
+        return slots[: self.decoding * self.size].transpose(0, 1)[None]
+
+    def move(self, source: Tensor, destination: Tensor, used: int) -> None:
+        """Copy the first `used` tokens of the rows `source` to the rows `destination`."""
+        for slots in (*self.keys, *self.values):
+            rows = slots.unflatten(0, (self.rows, self.size))[:, :used]
+            rows[destination] = rows[source]
+
+
+class Rows:
+    """The answers being decoded: rows 0 .. used-1, but for those in `holes`, which are complete.
+
+    On the device, per row: the token that goes in next, its position, the row's last position
+    (where it stays when it is done before the host has noticed), its diagonal (1, rows, R). On the
+    host: the row's group, the lengths of its context and of its answer so far and at most, the
+    number of its stop strings, and the tokens of its answer.
+    """
+
+    def __init__(self, slots: Slots, longest: int, table: Tensor) -> None:
+        """longest: tokens of an answer; table: (points, R), the diagonals."""
+        self.slots, self.table, device = slots, table, table.device
+        n = slots.rows
+        self.used = 0
+        self.holes: list[int] = []
+        self.starts = torch.arange(n, device=device) * slots.size
+        self.bounds = torch.arange(n + 1, dtype=torch.int32, device=device)
+        self.slot_bounds = self.bounds * slots.size
+        self.token = torch.zeros(n, dtype=torch.long, device=device)
+        self.position, self.last = torch.zeros(2, n, dtype=torch.int32, device=device)
+        self.p = table.new_zeros(1, n, table.shape[1])
+        self.group: list[Group | None] = [None] * n
+        self.context, self.count, self.limit, self.rule = np.zeros((4, n), dtype=np.int64)
+        self.history = np.zeros((n, longest + STEPS_PER_CHECK), dtype=np.int64)
+
+    @property
+    def active(self) -> int:
+        return self.used - len(self.holes)
+
+    def groups(self) -> list[Group]:
+        """Of the rows that are not complete."""
+        holes = set(self.holes)
+        return [g for i, g in enumerate(self.group[: self.used]) if g and i not in holes]
+
+    def free(self, n: int) -> list[int]:
+        """The n rows that would be filled next."""
+        return [*self.holes, *range(self.used, self.slots.rows)][:n]
+
+    def fill(
+        self, groups: Sequence[Group], limits: Sequence[int], rules: np.ndarray, tokens: Tensor
+    ) -> np.ndarray:
+        """Start rows whose contexts stand in the slots; tokens: the first of each answer."""
+        rows = self.free(len(groups))
+        self.context[rows] = [len(g.context) for g in groups]
+        self.count[rows], self.limit[rows], self.rule[rows] = 0, limits, rules
+        at, points = self._index(rows), self._index([g.point for g in groups])
+        self.token[at] = tokens
+        self.position[at] = self._index(self.context[rows]).int()
+        self.last[at] = self._index(self.context[rows] + self.limit[rows] - 2).int()
+        self.p[0, at] = self.table[points]
+        # Last, so that rows count as filled only where memory did not run out on the way.
+        for row, g in zip(rows, groups, strict=True):
+            self.group[row] = g
+        self.holes = self.holes[len(groups) :]
+        self.used = max(self.used, *(row + 1 for row in rows))
+        return np.array(rows)
+
+    def compact(self) -> None:
+        """Move the last rows into the holes, so that the rows to decode are the first ones."""
+        holes, keep = set(self.holes), self.active
+        to = sorted(row for row in holes if row < keep)
+        source = [row for row in range(keep, self.used) if row not in holes]
+        self.used, self.holes = keep, []
+        if not to:
+            return
+        for array in (self.context, self.count, self.limit, self.rule, self.history):
+            array[to] = array[source]
+        for new, old in zip(to, source, strict=True):
+            self.group[new] = self.group[old]
+        target, origin = self._index(to), self._index(source)
+        for buffer in (self.token, self.position, self.last, self.p[0]):
+            buffer[target] = buffer[origin]
+        self.slots.move(origin, target, int((self.context[to] + self.count[to]).max()))
+
+    def _index(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.as_tensor(numbers, dtype=torch.long).to(self.table.device)
+
+
+class Batch:
+    """The state of one `run`: what waits, and what is being decoded."""
+
+    def __init__(
+        self,
+        engine: BatchedEngine,
+        layers: Sequence[AdapterLinear],
+        jobs: Sequence[tuple[Point, Request]],
+    ) -> None:
+        self.engine, self.layers, self.model = engine, layers, engine.model
+        self.device = engine.model.device
+        self.requests = [request for _, request in jobs]
+        points = list(dict.fromkeys(point for point, _ in jobs))
+        table = torch.stack([point.p for point in points])
+        self.table = table.to(self.device, self.model.dtype)
+        groups = group(jobs, {point: row for row, point in enumerate(points)})
+        # The longest first: what shares a prefill or a step is then of similar length.
+        groups.sort(key=lambda g: -len(g.context))
+        self.scoring = deque(g for g in groups if g.generate is None)
+        self.waiting = deque(g for g in groups if g.generate is not None)
+        self.rows: Rows | None = None
+        self.rules = np.array([engine.stops.rule(request.until) for request in self.requests])
+        eos = self.model.generation_config.eos_token_id
+        self.eos = np.array([] if eos is None else eos).reshape(-1)
+        self.reference = False
+        self.shapes = self._probe()
+        if self.device.type == "cuda":
+            self.reference = not flash_agrees(self.model, self.shapes, self.device)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scoring or self.waiting or (self.rows is not None and self.rows.active))
+
+    @torch.no_grad()
+    def advance(self) -> Answers:
+        """One prefill or one round of decoding; the answers that it completed."""
+        if self.scoring:
+            groups = self._take(self.scoring, len(self.scoring))
+            answers, _ = self._prefill(groups, None)
+            for _ in groups:
+                self.scoring.popleft()
+            return answers
+        if self.rows is None:
+            self.rows = self._allocate()
+        if groups := self._refill(self.rows):
+            return self._admit(groups, self.rows)
+        self.rows.compact()
+        return self._round(self.rows)
+
+    def halve(self) -> None:
+        """After running out of memory: half as much at a time; rows in flight start again."""
+        engine = self.engine
+        if not self.scoring:
+            if engine.max_rows == engine.max_tokens == 1:
+                raise ValueError(
+                    "one request alone does not fit the free memory of the device; use a smaller "
+                    "model or dtype, fewer shots, or a larger device"
+                )
+            if self.rows is not None:
+                self.waiting.extendleft(reversed(self.rows.groups()))
+                engine.max_rows = self.rows.slots.rows
+            self.rows = None
+            engine.max_rows = max(engine.max_rows // 2, 1)
+        elif engine.max_tokens == 1:
+            raise ValueError(
+                "one request alone does not fit the free memory of the device; use a smaller "
+                "model or dtype, fewer shots, or a larger device"
+            )
+        engine.max_tokens = max(engine.max_tokens // 2, 1)
+        logger.warning(
+            "out of memory: going on with at most %d rows and %d tokens at a time",
+            engine.max_rows,
+            engine.max_tokens,
+        )
+
+    def _take(self, queue: deque[Group], rows: int) -> list[Group]:
+        """The groups at the head of `queue` that fit `rows` and one prefill; the first always."""
+        taken: list[Group] = []
+        tokens = kept = 0
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        most = LOGITS_BYTES[self.device.type] // (vocabulary * self.model.dtype.itemsize)
+        for g in islice(queue, rows):
+            lengths = [len(self.requests[job].target) for job in g.endings]
+            tokens += len(g.context) + sum(n - 1 for n in lengths)
+            kept += 1 + sum(lengths)
+            if taken and (tokens > self.engine.max_tokens or kept > most):
+                break
+            taken.append(g)
+        return taken
+
+    def _refill(self, rows: Rows) -> list[Group]:
+        """The groups to prefill now: none while there is little room, so that prefills are full."""
+        free = rows.slots.rows - rows.active
+        groups = self._take(self.waiting, free)
+        enough = (
+            rows.active == 0
+            or free >= rows.slots.rows / 4
+            or len(groups) == len(self.waiting)
+            or sum(len(g.context) for g in groups) >= self.engine.max_tokens / 2
+        )
+        return groups if enough else []
+
+    def _admit(self, groups: list[Group], rows: Rows) -> Answers:
+        """Prefill into free rows; answers endings, and what is complete with its first token."""
+        answers, tokens = self._prefill(groups, rows)
+        jobs = [g.generate for g in groups if g.generate is not None]
+        limits = [self.requests[job].max_new_tokens for job in jobs]
+        # Should they have to start again, their endings are answered.
+        filled = rows.fill(
+            [replace(g, endings=[]) for g in groups], limits, self.rules[jobs], tokens
+        )
+        for _ in groups:
+            self.waiting.popleft()
+        return answers + self._absorb(rows, filled, tokens[:, None].cpu().numpy())
+
+    def _prefill(self, groups: list[Group], rows: Rows | None) -> tuple[Answers, Tensor]:
+        """Forward one packed row; the answers of its endings and the first token of each group.
+
+        rows: where the groups' contexts are kept; None keeps nothing.
+        """
+        prefill = Prefill(groups, self.requests, self.device)
+        slots = None
+        if rows is not None:
+            slots, places = rows.slots, rows.free(len(groups))
+            slots.source, slots.destination = prefill.contexts(places, slots.size)
+            slots.decoding = 0
+        self._set_diagonal(self.table[prefill.points][None])
+        logits = self._forward(prefill.ids, prefill.inputs, slots, prefill.kept)
+        tokens = most_likely(logits[prefill.firsts])
+        if not prefill.jobs:
+            return [], tokens
+        logprobs, greedy = target_logprobs(logits, prefill.scored, prefill.targets)
+        answers, start = [], 0
+        for job in prefill.jobs:
+            own = slice(start, start + len(self.requests[job].target))
+            output = Output(logprob=float(logprobs[own].sum()), is_greedy=bool(greedy[own].all()))
+            answers.append((job, output))
+            start = int(own.stop)
+        return answers, tokens
+
+    def _round(self, rows: Rows) -> Answers:
+        """Up to STEPS_PER_CHECK tokens for every row, then one look at them."""
+        n = rows.used
+        steps = min(STEPS_PER_CHECK, int((rows.limit[:n] - rows.count[:n]).max()))
+        longest = int((rows.context[:n] + rows.count[:n]).max())
+        rows.slots.decoding, rows.slots.source = n, None
+        self._set_diagonal(rows.p[:, :n])
+        new = [self._step(rows, min(longest + i, rows.slots.size)) for i in range(steps)]
+        # The only wait for the device in the round.
+        return self._absorb(rows, np.arange(n), torch.stack(new, 1).cpu().numpy())
+
+    def _step(self, rows: Rows, longest: int) -> Tensor:
+        """One token for every row, whose slots hold at most `longest` tokens with this one.
+
+        Works in place on buffers that stay where they are and waits for nothing: if launches ever
+        are what limits it, this is what to capture as a CUDA graph.
+        """
+        n = rows.used
+        token, position = rows.token[:n], rows.position[:n]
+        rows.slots.destination = rows.starts[:n] + position
+        inputs = {
+            "position_ids": position[None].long(),
+            "cu_seq_lens_q": rows.bounds[: n + 1],
+            "cu_seq_lens_k": rows.slot_bounds[: n + 1],
+            "max_length_q": 1,
+            "max_length_k": longest,
+            "kv_lengths": position + 1,
+        }
+        new = most_likely(self._forward(token[None], inputs, rows.slots, 0))
+        token.copy_(new)
+        position.copy_(torch.minimum(position + 1, rows.last[:n]))
+        return new
+
+    def _absorb(self, rows: Rows, which: np.ndarray, tokens: np.ndarray) -> Answers:
+        """Note new tokens (len(which), steps) of the rows `which`; the answers then complete."""
+        steps = tokens.shape[1]
+        before, limit, rules = rows.count[which], rows.limit[which], rows.rule[which]
+        rows.history[which[:, None], before[:, None] + np.arange(steps)] = tokens
+        is_eos = np.isin(tokens, self.eos)
+        end = np.minimum(before + np.where(is_eos.any(1), is_eos.argmax(1) + 1, steps), limit)
+        done = is_eos.any(1) | (end == limit)
+        histories = rows.history[which, : int(end.max())]
+        for i in self.engine.stops.candidates(rules, histories, before, end):
+            found = self.engine.stops.find(rules[i], histories[i], before[i], end[i])
+            if found is not None:
+                end[i], done[i] = found, True
+        rows.count[which] = end
+        answers = []
+        for row, rule, tokens in zip(which[done], rules[done], histories[done], strict=True):
+            complete = rows.group[row]
+            assert complete is not None and complete.generate is not None
+            text = self.engine.stops.text(rule, tokens[: rows.count[row]])
+            answers.append((complete.generate, Output(text=text)))
+        rows.holes += which[done].tolist()
+        return answers
+
+    def _allocate(self) -> Rows:
+        """As many rows as are asked for and memory allows, each for the longest request."""
+        asked = [self.requests[g.generate] for g in self.waiting if g.generate is not None]
+        size = max(len(request.context) + request.max_new_tokens - 1 for request in asked)
+        a_row = size * sum(shape.bytes for shape in self.shapes)
+        rows = min(self.engine.max_rows, len(asked), max(self._free_bytes() // a_row, 1))
+        logger.info(
+            "decoding up to %d rows of %d tokens at a time (%.2f GiB of keys and values)",
+            *(rows, size, rows * a_row / 2**30),
+        )
+        slots = Slots(self.shapes, rows, size, self.device)
+        return Rows(slots, max(request.max_new_tokens for request in asked), self.table)
+
+    def _free_bytes(self) -> int:
+        """Memory for keys and values: what is free, less what a prefill and a step need."""
+        if self.device.type == "cpu":
+            return CPU_SLOTS_BYTES
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(self.device)[0]
+        config = self.model.config.get_text_config()
+        # Hidden states and the inputs and outputs of attention and MLP, generously.
+        numbers = 16 * config.hidden_size + 6 * config.intermediate_size
+        needed = self.engine.max_tokens * numbers * self.model.dtype.itemsize
+        return int(0.92 * (free - needed - 4 * LOGITS_BYTES["cuda"]))
+
+    @torch.no_grad()
+    def _probe(self) -> list[KeyShape]:
+        probe = Probe()
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._set_diagonal(self.table[:1, None])
+        self._forward(ids, packed_inputs([1], self.device), probe, 0)
+        return probe.shapes
+
+    def _set_diagonal(self, p: Tensor) -> None:
+        for layer in self.layers:
+            layer.p = p
+
+    def _forward(
+        self, ids: Tensor, inputs: dict[str, Any], cache: Cache | None, kept: Tensor | int
+    ) -> Tensor:
+        """ids: (1, T) -> the model's own logits (kept, vocabulary); kept 0 means all."""
+        return self.model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=kept,
+            reference=self.reference,
+            **inputs,
+        ).logits[0]
+
+
+class Prefill:
+    """One packed row: contexts, each followed by the endings that it is shared by.
+
+    A context and its only ending, if any, are one document. With several endings each is a document
+    of its own whose keys are the context's and its own; the first token of each is predicted by the
+    context's last. An ending's last token is predicted but not read, so it is left out.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], requests: Sequence[Request], device: torch.device
+    ) -> None:
+        ids: list[tuple[int, ...]] = []
+        keys: list[range] = []
+        lengths_q, lengths_k, offsets, starts, points = [], [], [], [], []
+        kept: list[int] = []
+        scored: list[int] = []
+        targets: list[int] = []
+        firsts: list[int] = []
+        end = 0
+        shared = False
+        for g in groups:
+            start, context, first = end, len(g.context), len(kept)
+            starts.append(start)
+            firsts.append(first)
+            endings = [requests[job].target for job in g.endings]
+            document = context + len(endings[0]) - 1 if len(endings) == 1 else context
+            ids.append(g.context)
+            end += context
+            kept.append(end - 1)
+            keys.append(range(start, start + document))
+            lengths_q.append(document)
+            lengths_k.append(document)
+            offsets.append(0)
+            for target in endings:
+                own = range(end, end + len(target) - 1)
+                ids.append(target[:-1])
+                end = own.stop
+                scored += [first, *range(len(kept), len(kept) + len(own))]
+                kept += own
+                targets += target
+                if len(endings) > 1 and own:
+                    shared = True
+                    keys += [range(start, start + context), own]
+                    lengths_q.append(len(own))
+                    lengths_k.append(context + len(own))
+                    offsets.append(context)
+            points.append(end - start)
+        self.jobs = [job for g in groups for job in g.endings]
+        """Jobs in the order of their `targets`."""
+        self._contexts = [(start, len(g.context)) for start, g in zip(starts, groups, strict=True)]
+        self.ids = torch.from_numpy(np.concatenate([np.array(x, dtype=np.int64) for x in ids]))
+        self.ids = self.ids[None].to(device)
+        self.points = torch.repeat_interleave(
+            torch.tensor([g.point for g in groups]), torch.tensor(points)
+        ).to(device)
+        """Row of the table of diagonals, of each token."""
+        positions = np.concatenate(
+            [np.arange(o, o + n) for o, n in zip(offsets, lengths_q, strict=True)]
+        )
+        self.inputs: dict[str, Any] = {
+            "position_ids": torch.from_numpy(positions)[None].to(device),
+            "cu_seq_lens_q": bounds(lengths_q, device),
+            "cu_seq_lens_k": bounds(lengths_k, device),
+            "max_length_q": max(lengths_q),
+            "max_length_k": max(lengths_k),
+        }
+        if shared:
+            index = np.concatenate([np.arange(r.start, r.stop) for r in keys])
+            self.inputs["kv_index"] = torch.from_numpy(index).to(device)
+        self.kept = torch.tensor(kept, device=device)
+        """Tokens of the row that predict something."""
+        self.firsts = torch.tensor(firsts, device=device)
+        """Per group, which of the kept tokens predicts what follows the context."""
+        self.scored = torch.tensor(scored, device=device)
+        """Per target token, which of the kept tokens predicts it."""
+        self.targets = torch.tensor(targets, device=device)
+
+    def contexts(self, rows: Sequence[int], size: int) -> tuple[Tensor | None, Tensor]:
+        """The contexts' tokens (None: all), and their places in slots of `size` tokens."""
+        spans = [np.arange(start, start + length) for start, length in self._contexts]
+        places = [row * size + np.arange(len(s)) for row, s in zip(rows, spans, strict=True)]
+        source, destination = (torch.from_numpy(np.concatenate(x)) for x in (spans, places))
+        device = self.ids.device
+        everything = len(source) == self.ids.shape[1]
+        return None if everything else source.to(device), destination.to(device)
+
+
+def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(len(lengths) + 1,) int32: where each document starts and ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def group(jobs: Sequence[tuple[Point, Request]], index: dict[Point, int]) -> list[Group]:
+    """One group per point and context, and one more for every further answer to generate for it."""
+    groups: list[Group] = []
+    known: dict[tuple[int, tuple[int, ...]], Group] = {}
+    for job, (point, request) in enumerate(jobs):
+        assert request.context, "a request has at least one token of context"
+        key = (index[point], request.context)
+        found = known.get(key)
+        if found is None or (request.kind == "generate" and found.generate is not None):
+            found = Group(*key)
+            groups.append(found)
+            known.setdefault(key, found)
+        if request.kind == "generate":
+            found.generate = job
+        else:
+            assert request.target, "a target has at least one token"
+            found.endings.append(job)
+    return groups
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """(..., vocabulary) -> (...): the greedy choice; as in transformers, in float32 at most."""
+    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
+
+
+def target_logprobs(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Of each target token, predicted by `logits[rows]`: log p, and whether it is the likeliest.
+
+    Softmax in float32, as the reference engine asks of the harness.
+    """
+    values, greedy = [], []
+    for chunk, target in zip(rows.split(LOGPROB_ROWS), targets.split(LOGPROB_ROWS), strict=True):
+        logprobs = F.log_softmax(logits[chunk], dim=-1, dtype=torch.float32)
+        values.append(logprobs.gather(1, target[:, None])[:, 0])
+        greedy.append(logprobs.argmax(-1) == target)
+    return torch.cat(values).cpu().numpy(), torch.cat(greedy).cpu().numpy()
+
+
+class StopStrings:
+    """Where lm-eval's HF backend ends an answer for a stop string, and what it keeps of it.
+
+    It ends an answer with the first token after which a stop string shows in the text of the last
+    few tokens (as many as the string has, and two), and cuts the text of the whole answer, special
+    tokens skipped, at each stop string in turn. Texts are made only where the tokens hold every
+    character of some stop string.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._rules: dict[tuple[str, ...], int] = {}
+        self._lookback: list[dict[str, int]] = []
+        self._bits: dict[str, np.uint64] = {}
+        self._needed: list[list[np.uint64]] = []
+        # Per token id, which of the known characters its text has; the last entry for unknown ids.
+        self._table = np.zeros(len(tokenizer) + 1, dtype=np.uint64)
+        self._texts: list[str] = []
+
+    def rule(self, until: tuple[str, ...]) -> int:
+        """The number of these stop strings."""
+        if until not in self._rules:
+            self._rules[until] = len(self._rules)
+            encode = self.tokenizer.encode
+            self._lookback.append(
+                {stop: len(encode(stop, add_special_tokens=False)) + 2 for stop in until}
+            )
+            self._needed.append(
+                [np.bitwise_or.reduce([self._bit(c) for c in {*stop, ""}]) for stop in until]
+            )
+        return self._rules[until]
+
+    def _bit(self, character: str) -> np.uint64:
+        """Its bit; 0, which asks for nothing, for what may not show in the text of one token."""
+        if not (character.isascii() and (character.isprintable() or character == "\n")):
+            return np.uint64(0)
+        if character in ("", " ") or (character not in self._bits and len(self._bits) == 64):
+            return np.uint64(0)
+        if character not in self._bits:
+            if not self._texts:
+                ids = [[i] for i in range(len(self.tokenizer))]
+                self._texts = self.tokenizer.batch_decode(ids)
+            bit = self._bits[character] = np.uint64(1 << len(self._bits))
+            has = np.fromiter((character in text for text in self._texts), dtype=bool)
+            self._table[:-1][has] |= bit
+        return self._bits[character]
+
+    def candidates(
+        self, rules: np.ndarray, histories: np.ndarray, before: np.ndarray, end: np.ndarray
+    ) -> list[int]:
+        """Rows whose tokens before .. end-1 may complete a stop string.
+
+        histories: (rows, width) token ids, the others (rows,).
+        """
+        found: list[int] = []
+        for rule in np.unique(rules):
+            rows = np.flatnonzero(rules == rule)
+            if not self._lookback[rule]:
+                continue
+            start = np.maximum(before[rows] - max(self._lookback[rule].values()) + 1, 0)
+            width = int((end[rows] - start).max())
+            at = np.minimum(start[:, None] + np.arange(width), end[rows, None] - 1)
+            ids = np.minimum(histories[rows[:, None], at], len(self._table) - 1)
+            seen = np.bitwise_or.reduce(self._table[ids], axis=1)
+            hit = np.logical_or.reduce([seen & n == n for n in self._needed[rule]])
+            found += rows[hit].tolist()
+        return found
+
+    def find(self, rule: int, history: np.ndarray, before: int, end: int) -> int | None:
+        """How many tokens the answer has if a stop string ends it at before+1 .. end tokens."""
+        stops = self._lookback[rule]
+        window = self._decode(history[max(before + 1 - max(stops.values()), 0) : end])
+        if not any(stop in window for stop in stops):
+            return None
+        for n in range(before + 1, end + 1):
+            tails = {back: history[max(n - back, 0) : n] for back in stops.values()}
+            texts = {back: self._decode(tail) for back, tail in tails.items()}
+            if any(stop in texts[back] for stop, back in stops.items()):
+                return n
+        return None
+
+    def text(self, rule: int, history: np.ndarray) -> str:
+        """A whole answer as text, cut at its stop strings."""
+        text = self._decode(history, skip_special_tokens=True)
+        for stop in self._lookback[rule]:
+            if stop:
+                text = text.split(stop)[0]
+        return text
+
+    def _decode(self, history: np.ndarray, skip_special_tokens: bool = False) -> str:
+        text = self.tokenizer.decode(history.tolist(), skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+
+
+@torch.no_grad()
+def flash_agrees(model: PreTrainedModel, shapes: Sequence[KeyShape], device: torch.device) -> bool:
+    """Whether flash attention gives what the plain functions give, on random data of these shapes.
+
+    Tried as it is used: few and many rows of slots, and endings that share a context. torch's
+    interface differs between versions, and a wrong answer would be silent.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator(device).manual_seed(0)
+    size = 640
+    cases: list[dict[str, Any]] = [
+        {
+            "cu_seq_lens_q": bounds([300, 5, 1, 70], device),
+            "cu_seq_lens_k": bounds([300, 305, 301, 70], device),
+            "max_length_q": 300,
+            "max_length_k": 305,
+        }
+    ]
+    for rows in (3, 200):
+        lengths = torch.randint(1, size + 1, (rows,), generator=generator, device=device)
+        cases.append(
+            {
+                "cu_seq_lens_q": bounds([1] * rows, device),
+                "cu_seq_lens_k": bounds([size] * rows, device),
+                "max_length_q": 1,
+                "max_length_k": size,
+                "kv_lengths": lengths.int(),
+            }
+        )
+    windows = {None, getattr(config, "sliding_window", None)}
+    for shape, case, window in product(set(shapes), cases, windows):
+        if shape.dtype not in FLASH_DTYPES:
+            continue
+        tokens_q, tokens_k = (int(case[f"cu_seq_lens_{x}"][-1]) for x in "qk")
+        query, key, value = (
+            torch.randn(1, *sizes, dtype=shape.dtype, generator=generator, device=device)
+            for sizes in (
+                (config.num_attention_heads, tokens_q, shape.key[1]),
+                (shape.key[0], tokens_k, shape.key[1]),
+                (shape.value[0], tokens_k, shape.value[1]),
+            )
+        )
+        options = case | {"sliding_window": window}
+        try:
+            found, expected = (
+                packed(model, query, key, value, None, reference=plain, **options)[0].float()
+                for plain in (False, True)
+            )
+        except (RuntimeError, TypeError, ValueError) as reason:
+            logger.warning("flash attention does not run here, using a slower one: %s", reason)
+            return False
+        error = float((found - expected).norm() / expected.norm())
+        if not error < FLASH_TOLERANCE:
+            logger.warning("flash attention is off by %.3g here, using a slower one", error)
+            return False
+    return True

@@ -1,0 +1,59 @@
+"""What the rank sweep asks of an engine, and nothing about how an engine answers it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from lm_eval.api.instance import Instance
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Point:
+    """One reading of the adapter: a rank and a rule, resolved to factors and diagonal."""
+
+    rank: int
+    """0 is the base model."""
+    rule: str
+    """base, prefix, trained or svd."""
+    factors: str
+    """The factor set, trained or svd; the sweep has it in place before it calls the engine."""
+    p: Tensor = field(compare=False, repr=False)
+    """The diagonal, shape (R,), float32, on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question to the model, tokenised and cut exactly as lm-eval's HF backend would do it."""
+
+    kind: Literal["generate", "loglikelihood"]
+    doc_id: int
+    context: tuple[int, ...]
+    """Prompt token ids."""
+    target: tuple[int, ...]
+    """loglikelihood: the continuation's token ids; the context and these fit the model's window."""
+    until: tuple[str, ...]
+    """generate: stop strings (the tokenizer's end of text included, as the harness adds it)."""
+    max_new_tokens: int
+    """generate: the most tokens to produce."""
+    instance: Instance
+    """The harness's own form of the same request."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """generate: `text`, cut at the first stop string. loglikelihood: the rest."""
+
+    text: str = ""
+    logprob: float = 0.0
+    """Sum of log p(target | context) in nats."""
+    is_greedy: bool = False
+    """Whether every target token is the most likely one."""
+
+
+class Engine(Protocol):
+    """Answers jobs; all jobs of one call share a factor set, ranks and rules mix freely."""
+
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+        """Yield (index into `jobs`, output) in any order, each index once, as answers come."""
+        ...

@@ -1,0 +1,88 @@
+"""The reference engine: lm-eval's own HF backend around the model in memory, point by point.
+
+Slow and simple; every other engine must agree with it, and it with the harness's command line.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from matryoshka_lora.adapters import diagonal
+from matryoshka_lora.evaluation.engine import Output, Point, Request
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for the length of a block; each module gets its own mode back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def harness_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1
+) -> HFLM:
+    """The harness's view of `model`: it tokenises, cuts and answers as `lm_eval --model hf` does.
+
+    HFLM gives the tokenizer a pad token and switches the model to evaluation for good: it gets a
+    copy of the one, and the other's mode is restored. Log-probabilities are taken in float32 at
+    least, because in bfloat16 choices tie.
+    """
+    with evaluation_mode(model), _without_warnings("lm_eval.models.huggingface"):
+        return HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            softmax_dtype=torch.promote_types(model.dtype, torch.float32),
+        )
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """HFLM warns twice of what is done here on purpose: handing it a model that is loaded."""
+    chatty = logging.getLogger(name)
+    level = chatty.level
+    chatty.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        chatty.setLevel(level)
+
+
+class HFEngine:
+    """All requests of one kind at one point are one call, so batches are those of the harness."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} is not positive")
+        self.model = model
+        self.lm = harness_lm(model, tokenizer, batch_size)
+
+    @torch.no_grad()
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+        """See `Engine.run`; answers come when all requests of a kind at a point are done."""
+        calls: dict[tuple[Point, str], list[int]] = {}
+        for index, (point, request) in enumerate(jobs):
+            calls.setdefault((point, request.kind), []).append(index)
+        for (point, kind), indices in calls.items():
+            instances = [jobs[index][1].instance for index in indices]
+            with evaluation_mode(self.model), diagonal(self.model, point.p):
+                if kind == "generate":
+                    texts = self.lm.generate_until(instances, disable_tqdm=True)
+                    outputs = [Output(text=text) for text in texts]
+                else:
+                    answers = self.lm.loglikelihood(instances, disable_tqdm=True)
+                    outputs = [Output(logprob=value, is_greedy=best) for value, best in answers]
+            yield from zip(indices, outputs, strict=True)

@@ -1,0 +1,133 @@
+"""Local copies of the data of evaluation tasks, checked as they are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.utils
+import pyarrow.parquet
+from jinja2 import meta
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def read_splits(
+    name: str, config: dict[str, Any], shots: int, data_path: Path
+) -> tuple[dict[str, datasets.Dataset], Path]:
+    """The splits that a task needs, by name, and the folder at or below `data_path` they are in.
+
+    config: the task's definition. Raises ValueError for a folder or file that is missing or empty,
+    for what is not JSON (with its line), and for a row that lacks a field the task needs.
+    """
+    folder = _data_folder(name, config, data_path)
+    splits = {
+        split: _read_split(folder, split, _needed_fields(config, split))
+        for split in _needed_splits(config, shots)
+    }
+    return splits, folder
+
+
+def _needed_splits(config: dict[str, Any], shots: int) -> list[str]:
+    """The split that is evaluated and, if shots are drawn, the one that they come from."""
+    evaluated = config.get("test_split") or config.get("validation_split")
+    fewshot = config.get("fewshot_config") or {}
+    drawn = fewshot.get("split") or config.get("fewshot_split")
+    if not drawn and not fewshot.get("samples"):
+        drawn = config.get("training_split") or config.get("validation_split") or evaluated
+    wanted = [evaluated, drawn] if shots else [evaluated]
+    return list(dict.fromkeys(split for split in wanted if split))
+
+
+def _needed_fields(config: dict[str, Any], split: str) -> set[str] | None:
+    """Fields that the task's templates name; None if functions decide, which say nothing."""
+    fewshot = config.get("fewshot_config") or {}
+    keys = ("doc_to_text", "doc_to_target", "doc_to_choice")
+    used = [config.get(key) for key in keys]
+    if split != (config.get("test_split") or config.get("validation_split")):
+        used = [fewshot.get(key) or config.get(key) for key in keys]
+    used += [config.get("description"), config.get("gen_prefix")]
+    functions = [config.get("process_docs"), config.get("process_results"), *used]
+    if any(callable(value) for value in (*functions, fewshot.get("process_docs"))):
+        return None
+    needed: set[str] = set()
+    for value in used:
+        if isinstance(value, str):
+            found = meta.find_undeclared_variables(lm_eval.utils.env.parse(value))
+            # A template without variables may be a field's name instead, as mmlu's "answer".
+            needed |= found or ({value} if value in used[:3] and value.isidentifier() else set())
+    return needed
+
+
+def _data_folder(name: str, config: dict[str, Any], data_path: Path) -> Path:
+    """The first folder at or below `data_path` that holds split files for this task."""
+    repository = str(config.get("dataset_path") or name).rpartition("/")[2]
+    subset = str(config.get("dataset_name") or "")
+    places = [name, f"{repository}/{subset}", repository, subset, ""]
+    folders = list(dict.fromkeys(data_path / place for place in places))
+    for folder in folders:
+        if folder.is_dir() and any(p.suffix in SUFFIXES for p in folder.iterdir()):
+            return folder
+    raise ValueError(
+        f"evaluation data folder {data_path} holds nothing for task {name}: no "
+        f"{'/'.join(_needed_splits(config, 0))}{{{','.join(SUFFIXES)}}} there or in a subfolder "
+        f"{name}"
+    )
+
+
+def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.Dataset:
+    """The rows of a split file; ValueError names the file and the line that is wrong."""
+    paths = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        found = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
+        raise ValueError(
+            f"{folder} has no {split}{{{','.join(SUFFIXES)}}}; it holds {', '.join(found)}"
+        )
+    rows = _read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {where}: expected an object, got {str(row)[:60]!r}")
+        if needed is None:
+            missing = [key for key in rows[0][1] if key not in row]
+        else:
+            missing = sorted(key for key in needed if row.get(key) is None)
+        if missing:
+            raise ValueError(
+                f"{path}, {where}: field {missing[0]!r} is missing; it has {', '.join(row)}"
+            )
+    try:
+        return datasets.Dataset.from_list([row for _, row in rows])
+    except (ValueError, TypeError) as error:  # pyarrow's errors are these
+        raise ValueError(f"{path}: the rows' fields differ in type: {error}") from error
+
+
+def _read_rows(path: Path) -> list[tuple[str, Any]]:
+    """(where it stands, row) for each row of a JSONL, JSON or Parquet file."""
+    if path.suffix == ".parquet":
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a Parquet file: {error}") from error
+        return [(f"row {n}", row) for n, row in enumerate(table.to_pylist(), 1)]
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            content = json.loads(text)
+            if not isinstance(content, list):
+                raise ValueError(f"{path}: expected a list of objects")
+            return [(f"entry {n}", row) for n, row in enumerate(content, 1)]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON at line {error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"line {number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not JSON at line {number}: {error.msg}") from error
+    return rows

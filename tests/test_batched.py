@@ -1,0 +1,360 @@
+"""The batched engine against lm-eval's HF backend, on a tiny random model in float64."""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from matryoshka_lora.adapters import (
+    AdapterSpec,
+    adapter_layers,
+    add_adapters,
+    diagonal,
+    use_factors,
+)
+from matryoshka_lora.attention import packed_attention, packed_inputs
+from matryoshka_lora.diagonals import matryoshka_diagonal
+from matryoshka_lora.evaluation.batched import BatchedEngine, Probe, flash_agrees
+from matryoshka_lora.evaluation.engine import Output, Point, Request
+from matryoshka_lora.evaluation.hf import HFEngine
+
+RANK = 4
+TEXT = (
+    "Question: Tom has 12 apples and buys 7 more. How many apples does Tom have now?\n"
+    "Answer: Tom has 12 + 7 = <<12+7=19>>19 apples.\n#### 19\n\nQuestion: A train runs 60 miles in "
+    "an hour. How far does it run in 3 hours?\nAnswer: It runs 60 * 3 = 180 miles. Über! \u4f60\n"
+)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than operations this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
+
+
+def build(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    p_full = matryoshka_diagonal([1, 2, 4], RANK, "none")
+    spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False)
+    add_adapters(model, spec, ["q_proj", "v_proj", "o_proj", "down_proj"])
+    for layer in adapter_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.4)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model.double()
+
+
+def llama() -> LlamaConfig:
+    return LlamaConfig(**SHAPE)
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return build(tokenizer, llama())
+
+
+def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
+    spec: AdapterSpec = model.adapter_spec
+    pairs = [(rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained")]
+    if factors == "svd":
+        pairs = [(rank, "svd") for rank in (1, 2, 3)]
+    return [Point(0, "base", factors, torch.zeros(RANK))] + [
+        Point(rank, rule, factors, spec.diagonal(rank, rule)[1]) for rank, rule in pairs
+    ]
+
+
+def generation(
+    tokenizer: PreTrainedTokenizerFast, doc: int, text: str, until: Sequence[str], most: int
+) -> Request:
+    options = {"until": list(until), "max_gen_toks": most}
+    return Request(
+        kind="generate",
+        doc_id=doc,
+        context=tuple(tokenizer.encode(text)),
+        target=(),
+        until=(*until, tokenizer.eos_token),
+        max_new_tokens=most,
+        instance=Instance("generate_until", {}, (text, options), 0, ("test", doc, 1)),
+    )
+
+
+def likelihood(tokenizer: PreTrainedTokenizerFast, doc: int, text: str, target: str) -> Request:
+    # As in the harness, spaces at the end of the context belong to the target.
+    target, text = text[len(text.rstrip()) :] + target, text.rstrip()
+    whole, head = tokenizer.encode(text + target), tokenizer.encode(text)
+    return Request(
+        kind="loglikelihood",
+        doc_id=doc,
+        context=tuple(head),
+        target=tuple(whole[len(head) :]),
+        until=(),
+        max_new_tokens=0,
+        instance=Instance("loglikelihood", {}, (text, target), 0, ("test", doc, 1)),
+    )
+
+
+def prompts(n: int) -> list[str]:
+    """Of very different lengths, from one token on."""
+    return [TEXT[(5 * i) % 40 :][: 1 + (37 * i) % 230] for i in range(n)]
+
+
+def answers(
+    found: Iterator[tuple[int, Output]], jobs: Sequence[tuple[Point, Request]]
+) -> list[Output]:
+    pairs = list(found)
+    assert sorted(index for index, _ in pairs) == list(range(len(jobs)))
+    return [output for _, output in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    jobs: Sequence[tuple[Point, Request]],
+    batch_size: int = 8,
+    **limits: int,
+) -> list[Output]:
+    """The engine's outputs, which are the reference engine's."""
+    expected = answers(HFEngine(model, tokenizer, batch_size).run(jobs), jobs)
+    found = answers(BatchedEngine(model, tokenizer, **limits).run(jobs), jobs)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.text, a.is_greedy) == (b.text, b.is_greedy)
+        assert a.logprob == pytest.approx(b.logprob, rel=1e-6)
+    return found
+
+
+def test_generation_of_mixed_points(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    requests = [
+        generation(tokenizer, i, text, ["Question:", "\n\n"], (1, 3, 20, 33)[i % 4])
+        for i, text in enumerate(prompts(6))
+    ]
+    jobs = [(point, request) for point in points(model) for request in requests]
+    texts = [output.text for output in check(model, tokenizer, jobs, max_rows=5, max_tokens=100)]
+    assert len(set(texts)) > 20
+    for limits in ({}, {"max_rows": 1}, {"max_tokens": 1}):
+        one = BatchedEngine(model, tokenizer, **limits)
+        assert [output.text for output in answers(one.run(jobs), jobs)] == texts
+
+
+def test_principal_factors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    requests = [generation(tokenizer, i, text, [], 9) for i, text in enumerate(prompts(3))]
+    jobs = [(point, request) for point in points(model, "svd") for request in requests]
+    with use_factors(model, "svd"):
+        check(model, tokenizer, jobs)
+
+
+def test_ends_of_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Stop strings at every place of an answer, also within tokens, and the end of text."""
+    base, texts = points(model)[0], prompts(5)
+    free = [(base, generation(tokenizer, i, text, [], 24)) for i, text in enumerate(texts)]
+    plain = [o.text for o in check(model, tokenizer, free)]
+    jobs = []
+    for i, (text, answer) in enumerate(zip(texts, plain, strict=True)):
+        stops = [answer[k : k + n] for k in (0, 1, 7, len(answer) - 2) for n in (1, 2, 5)]
+        jobs += [(base, generation(tokenizer, i, text, [s], 24)) for s in stops if s]
+        jobs.append((base, generation(tokenizer, i, text, stops[5:8], 24)))
+    found = [o.text for o in check(model, tokenizer, jobs, 1, max_rows=7)]
+    assert "" in found
+    # The first token of an answer as the end of text, and one that comes later.
+    with diagonal(model, base.p):
+        context = torch.tensor([free[0][1].context])
+        ids = model.generate(context, max_new_tokens=24)[0, context.shape[1] :].tolist()
+    for place in (0, 11):
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[place]]
+        cut = [o.text for o in check(model, tokenizer, free)]
+        assert cut[0] == tokenizer.decode(ids[: ids.index(ids[place]) + 1]) != plain[0]
+
+
+def test_likelihoods_share_contexts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    endings = [" 19", " 180 miles", "!", "!", " Tom has 12 apples and buys 7 more."]
+    requests = []
+    for i, text in enumerate(prompts(5)):
+        requests += [likelihood(tokenizer, i, text, e) for e in endings[: 1 + i]]
+        requests.append(generation(tokenizer, i, text, ["\n"], 12))
+        requests.append(generation(tokenizer, i, text, ["1"], 5))
+    jobs = [(point, request) for point in points(model)[:4] for request in requests]
+    check(model, tokenizer, jobs, max_rows=3, max_tokens=150)
+    scored = [job for job in jobs if job[1].kind == "loglikelihood"]
+    check(model, tokenizer, scored, max_tokens=150)
+    # Each context goes through the model once, and with it no padding.
+    tokens: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: tokens.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    answers(BatchedEngine(model, tokenizer).run(scored), scored)
+    contexts = {(point, request.context) for point, request in scored}
+    endings = sum(len(request.target) - 1 for _, request in scored)
+    # The first forward is one token that tells what the layers keep of it.
+    assert sum(tokens[1:]) == sum(len(context) for _, context in contexts) + endings
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, sliding_window=6),
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        Gemma3TextConfig(**SHAPE, sliding_window=7, query_pre_attn_scalar=20),
+    ],
+    ids=["mistral", "qwen2", "gemma3"],
+)
+def test_other_models(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(tokenizer, config)
+    requests = []
+    for i, text in enumerate(prompts(4)):
+        requests.append(generation(tokenizer, i, text, [], 10))
+        requests += [likelihood(tokenizer, i, text, e) for e in (" 19", "\nAnswer: 7 apples")]
+    jobs = [(point, request) for point in points(model)[:3] for request in requests]
+    check(model, tokenizer, jobs, max_rows=5, max_tokens=120)
+
+
+def test_one_document(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    for point in points(model)[:2]:
+        check(model, tokenizer, [(point, generation(tokenizer, 0, "Question", [], 5))])
+        check(model, tokenizer, [(point, likelihood(tokenizer, 0, "Question", " 19"))])
+    assert list(BatchedEngine(model, tokenizer).run([])) == []
+
+
+def test_out_of_memory_halves(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    requests = [generation(tokenizer, i, text, ["a"], 20) for i, text in enumerate(prompts(9))]
+    requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(12))]
+    jobs = [(point, request) for point in points(model)[:3] for request in requests]
+    expected = answers(BatchedEngine(model, tokenizer).run(jobs), jobs)
+    forward = model.model.layers[1].forward
+
+    def limited(hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        # Prefills of more than 300 tokens fail, and steps of more than 6 rows.
+        most = 6 if kwargs.get("kv_lengths") is not None else 300
+        if hidden.shape[1] > most:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(hidden, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[1], "forward", limited)
+    engine = BatchedEngine(model, tokenizer, max_rows=24)
+    with caplog.at_level(logging.WARNING):
+        found = answers(engine.run(jobs), jobs)
+    assert [o.text for o in found] == [o.text for o in expected]
+    assert [o.logprob for o in found] == pytest.approx([o.logprob for o in expected], rel=1e-6)
+    assert engine.max_rows == 6 and engine.max_tokens == 64
+    assert "out of memory" in caplog.text
+
+    def never(hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        if hidden.shape[1] > 1:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(hidden, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[1], "forward", never)
+    with pytest.raises(ValueError, match="does not fit"):
+        list(BatchedEngine(model, tokenizer).run(jobs))
+
+
+def test_the_model_is_left_as_it_was(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    diagonals = {name: layer.p for name, layer in adapter_layers(model).items()}
+    jobs = [
+        (point, generation(tokenizer, i, text, [], 9))
+        for point in points(model)
+        for i, text in enumerate(prompts(3))
+    ]
+    # Abandoned half way.
+    run = BatchedEngine(model, tokenizer, max_rows=2).run(jobs)
+    next(run)
+    assert torch.is_grad_enabled()
+    run.close()
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for name, layer in adapter_layers(model).items():
+        assert layer.p is diagonals[name]
+
+
+def test_what_it_cannot_do_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="max_rows"):
+        BatchedEngine(model, tokenizer, max_rows=0)
+    model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        BatchedEngine(model, tokenizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None:
+    """In float64 the reference engine's answers; in bf16 its likelihoods, by flash attention."""
+    config = LlamaConfig(**(SHAPE | {"head_dim": 64, "num_attention_heads": 8}))
+    model = build(tokenizer, config).to("cuda", dtype)
+    requests = []
+    for i, text in enumerate(prompts(20)):
+        requests.append(generation(tokenizer, i, text, ["\n"], 30))
+        requests += [likelihood(tokenizer, i, text, e) for e in (" 19", "\nAnswer: 7 apples")]
+    jobs = [(point, request) for point in points(model)[:3] for request in requests]
+    if dtype == torch.float64:
+        check(model, tokenizer, jobs, max_rows=13, max_tokens=700)
+        return
+    probe = Probe()
+    with packed_attention(model), torch.no_grad():
+        ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        model(ids, past_key_values=probe, use_cache=True, **packed_inputs([1], "cuda"))
+    assert flash_agrees(model, probe.shapes, model.device)
+    expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
+    found = answers(BatchedEngine(model, tokenizer, max_rows=13).run(jobs), jobs)
+    scored = [i for i, (_, request) in enumerate(jobs) if request.kind == "loglikelihood"]
+    for i in scored:
+        assert found[i].logprob == pytest.approx(expected[i].logprob, rel=0.05, abs=0.5)
+    same = [found[i].text == expected[i].text for i in range(len(jobs)) if i not in scored]
+    assert sum(same) >= 0.5 * len(same)
