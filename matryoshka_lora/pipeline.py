@@ -1,0 +1,449 @@
+"""One run: build model, adapters, data; train; read the adapter at every rank; write the record."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from matryoshka_lora.adapters import (
+    adapter_parameters,
+    adapter_spec,
+    add_adapters,
+    load_adapter,
+    save_adapter,
+    use_factors,
+)
+from matryoshka_lora.attention import packed_attention
+from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash
+from matryoshka_lora.data import (
+    Example,
+    Split,
+    fingerprint,
+    load_records,
+    split_validation,
+    tokenize,
+)
+from matryoshka_lora.data import (
+    Record as DataRecord,
+)
+from matryoshka_lora.evaluation.batched import BatchedEngine
+from matryoshka_lora.evaluation.engine import Engine, Point
+from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
+from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
+from matryoshka_lora.methods import adapter_spec_of, build_method
+from matryoshka_lora.models import (
+    DTYPES,
+    decoder_layers,
+    load_model,
+    load_tokenizer,
+    model_identity,
+)
+from matryoshka_lora.records import (
+    Record,
+    Row,
+    environment,
+    merge_rows,
+    read_record,
+    write_atomically,
+    write_record,
+)
+from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
+from matryoshka_lora.tracking import make_tracker
+from matryoshka_lora.training import batch_loss, fit
+from matryoshka_lora.training.plan import check_cut, steps_per_epoch, total_steps
+
+logger = logging.getLogger(__name__)
+
+RECORD = "record.json"
+ADAPTER = "adapter.safetensors"
+# Harness tasks whose documents the package makes itself: task -> dataset.
+OWN_TASKS = {"arithmetic_word_problems": "arithmetic"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, known before anything heavy: it decides the folder."""
+
+    train: list[DataRecord]
+    held_out: list[DataRecord]
+    data: dict[str, Any]
+    model: dict[str, Any]
+    run_hash: str
+    folder: Path
+
+
+def prepare(config: Config) -> Inputs:
+    """Read the data and identify the model. Raises ValueError for whatever is wrong with either."""
+    build_method(config)  # knows whether the method exists
+    records = load_records(config.dataset)
+    train, held_out = split_validation(records, config.dataset.validation)
+    digest = fingerprint(train, config.dataset)
+    data = {"fingerprint": digest, "held_out": len(held_out)}
+    identity = model_identity(config.model)
+    hash8 = run_hash(config, identity, digest)
+    return Inputs(train, held_out, data, identity, hash8, run_folder(config, hash8))
+
+
+def finished_record(config: Config, inputs: Inputs) -> Record | None:
+    """The run's record if training and every point asked for are in it. ValueError if corrupt."""
+    path = inputs.folder / RECORD
+    if config.force or not path.exists():
+        return None
+    record = read_record(path)
+    done = set((record.evaluation or {}).get("finished", ()))
+    return record if record.status == "finished" and done.issuperset(_wanted(config)) else None
+
+
+def run(config: Config) -> Record | None:
+    """Do what is missing of the run and return its record (None but on the main process)."""
+    accelerator = make_accelerator()
+    check_cut(config.trainer.effective_batch, accelerator.num_processes, config.trainer.micro_batch)
+    inputs = prepare(config)
+    folder, main = inputs.folder, accelerator.is_main_process
+    record = None if config.trainer.dry_run else finished_record(config, inputs)
+    if record is not None:
+        if main:
+            logger.info("this run is finished; force=true would make it again")
+            _show(record, folder)
+        return record
+    tasks = load_own_and_harness_tasks(config, accelerator)
+    tokenizer = load_tokenizer(config.model)
+    examples, counts = tokenize(inputs.train, config.dataset, tokenizer)
+    held_out = tokenize(inputs.held_out, config.dataset, tokenizer)[0] if inputs.held_out else []
+    if config.trainer.dry_run:
+        dry_run(config, examples)
+        return None
+    if config.force and main and folder.exists():
+        shutil.rmtree(folder)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    record = _open_record(config, inputs, counts, accelerator)
+    tracker = make_tracker(config, inputs.run_hash, folder, main)
+    try:
+        model = build_adapted_model(config, accelerator)
+        if not (folder / ADAPTER).is_file() or record.training is None:
+            logger.info("training %s in %s", config.method.name, folder)
+            record.training = fit(
+                model,
+                examples,
+                build_method(config),
+                config,
+                folder,
+                accelerator,
+                on_step=tracker.step,
+            )
+            if main:
+                save_adapter(folder / ADAPTER, model, _adapter_metadata(config, inputs))
+                record.status = "evaluating"
+                write_record(folder / RECORD, record)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        else:
+            logger.info("training is finished; reading %s", folder / ADAPTER)
+            load_adapter(folder / ADAPTER, model)
+        evaluate(config, model, tokenizer, tasks, held_out, record, inputs, accelerator)
+        if main:
+            record.status, record.error = "finished", None
+            write_record(folder / RECORD, record)
+            figure = _show(record, folder)
+            tracker.finish(record, figure)
+    except Exception as error:
+        if main:
+            record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+            try:
+                write_record(folder / RECORD, record)
+            except OSError as full:  # the disk may be what failed
+                logger.error("%s", full)
+        tracker.close(1)
+        raise
+    tracker.close(0)
+    return record if main else None
+
+
+def make_accelerator() -> Accelerator:
+    """Processes and device. Raises ValueError where the processes do not know each other."""
+    accelerator = Accelerator(mixed_precision="no")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {started} processes, but accelerate sees "
+            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true, as "
+            "configs/accelerate/cpu2.yaml does"
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
+    return accelerator
+
+
+def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedModel:
+    """The base model with fresh adapters on this process's device, sharded under FSDP."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    model = load_model(config.model, torch.device("cpu") if sharded else accelerator.device)
+    add_adapters(
+        model,
+        adapter_spec_of(config),
+        config.adapter.targets,
+        init=config.adapter.init,
+        dtype=DTYPES[config.adapter.dtype],
+        seed=config.seed,
+    )
+    if sharded:
+        shard_base(model, accelerator.device)
+    return model
+
+
+def shard_base(model: PreTrainedModel, device: torch.device) -> None:
+    """Shard the frozen base over all processes (FSDP2), layer by layer.
+
+    The adapters stay whole on every process, so training sums their gradients as without sharding.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    whole = set(adapter_parameters(model).values())
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(
+                name, buffer.to(device), name not in module._non_persistent_buffers_set
+            )
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+def load_own_and_harness_tasks(config: Config, accelerator: Accelerator) -> list[EvalTask]:
+    """The tasks of `eval.tasks`; for the package's own datasets their records are written."""
+    tasks: list[EvalTask] = []
+    for name, shots in config.tasks:
+        data_path = None if config.eval.data_path is None else Path(config.eval.data_path)
+        if name in OWN_TASKS:
+            data_path = Path(config.output_dir) / "data" / OWN_TASKS[name]
+            if accelerator.is_main_process:
+                _write_own_data(OWN_TASKS[name], data_path)
+            accelerator.wait_for_everyone()
+        tasks += load_tasks([(name, shots)], data_path=data_path, limit=config.eval.limit)
+    return tasks
+
+
+def _write_own_data(dataset: str, folder: Path) -> None:
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        records = load_records(DatasetConfig(name=dataset), split)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(folder / f"{split}.jsonl", text.encode())
+
+
+def make_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Engine:
+    """The engine that `eval.engine` names."""
+    if config.eval.engine == "hf":
+        return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
+    return BatchedEngine(model, tokenizer)
+
+
+def evaluate(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[EvalTask],
+    held_out: Sequence[Example],
+    record: Record,
+    inputs: Inputs,
+    accelerator: Accelerator,
+) -> None:
+    """Add the rows of every point that is missing to `record`, saving it after each point."""
+    folder, main = inputs.folder, accelerator.is_main_process
+    spec = adapter_spec(model)
+    plan = plan_points(spec, config.eval_ranks, config.eval.rules, config.train_ranks)
+    facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
+    spent, began = facts["seconds"], time.monotonic()
+
+    def on_point(task: EvalTask, point: Point, rows: list[Row]) -> None:
+        record.rows = merge_rows(record.rows, rows)
+        facts["seconds"] = spent + time.monotonic() - began
+        write_record(folder / RECORD, record)
+        shown = [
+            f"{row.metric}{f' ({row.filter})' if row.filter else ''} {row.value:.4f}"
+            for row in rows
+            if (row.rank, row.rule) == (point.rank, point.rule) and row.value is not None
+        ]
+        logger.info(
+            "%s %d-shot  rank %d %s: %s",
+            *(task.name, task.shots, point.rank, point.rule, ", ".join(shown)),
+        )
+
+    if held_out:
+        rows = held_out_rows(model, held_out, plan, config.trainer.packed)
+        record.rows = merge_rows(record.rows, rows)
+    if tasks:
+        rows = run_sweep(
+            model,
+            tokenizer,
+            tasks,
+            plan,
+            make_engine(config, model, tokenizer),
+            folder / "samples",
+            identity=inputs.run_hash,
+            processes=accelerator,
+            lockstep=accelerator.distributed_type == DistributedType.FSDP,
+            on_point=on_point,
+        )
+        if main:
+            record.rows = merge_rows(record.rows, rows)
+            facts["truncated_prompts"] = dict(facts.get("truncated_prompts", {})) | {
+                f"{task.name}:{task.shots}": task.truncated for task in tasks
+            }
+    facts["engine"] = config.eval.engine
+    facts["finished"] = sorted({*facts["finished"], *_wanted(config)})
+    facts["seconds"] = spent + time.monotonic() - began
+
+
+@torch.no_grad()
+def held_out_rows(
+    model: PreTrainedModel, examples: Sequence[Example], plan: Plan, packed: bool
+) -> list[Row]:
+    """Loss in nats a label token on the records held out of training, at every point of `plan`."""
+    labels = sum(example.labels for example in examples)
+    losses: dict[Point, float] = {}
+    chunks = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+    for factors in ("trained", "svd"):
+        with use_factors(model, factors), packed_attention(model) if packed else nullcontext():
+            for point in plan.points:
+                if point.factors == factors:
+                    total = sum(
+                        batch_loss(model, chunk, point.p, packed=packed).item() for chunk in chunks
+                    )
+                    losses[point] = total / labels
+    return [
+        Row(
+            task="validation",
+            shots=0,
+            limit=None,
+            filter=None,
+            rank=rank,
+            rule=rule,
+            metric="loss",
+            value=losses[point],
+            stderr=None,
+            n=len(examples),
+            same_as=plan.same_as((rank, rule)),
+            trained_rank=plan.trained_rank((rank, rule)),
+        )
+        for (rank, rule), point in plan.readings.items()
+    ]
+
+
+def dry_run(config: Config, examples: Sequence[Example]) -> None:
+    """Print parameters, tokens, steps and estimated memory of a training, without weights."""
+    model = load_model(config.model, torch.device("meta"))
+    add_adapters(model, adapter_spec_of(config), config.adapter.targets)
+    trainable = sum(p.numel() for p in adapter_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    trainer = config.trainer
+    per_epoch = sum(len(example.tokens) for example in examples)
+    steps = total_steps(len(examples), trainer.effective_batch, trainer.epochs, trainer.max_steps)
+    compute = DTYPES[config.model.dtype].itemsize
+    factor = DTYPES[config.adapter.dtype].itemsize
+    longest = max(len(example.tokens) for example in examples)
+    forward = min(
+        trainer.max_tokens,
+        (trainer.micro_batch or trainer.effective_batch)
+        * (longest if not trainer.packed else per_epoch / len(examples)),
+    )
+    shape = model.config.get_text_config()
+    # Per layer and token: the inputs of its linear layers, normalised and activated values.
+    width = 12 * shape.hidden_size + 4 * shape.intermediate_size
+    layers = 1 if trainer.gradient_checkpointing else shape.num_hidden_layers
+    gib = {
+        "base weights": (total - trainable) * compute,
+        "factors, gradients, AdamW": trainable * factor * 4,
+        "activations (rough)": forward * width * layers * compute
+        + forward * shape.num_hidden_layers * shape.hidden_size * compute,
+        "logits (rough)": forward * 0.6 * shape.vocab_size * (compute + 8),
+    }
+    print(f"parameters: {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
+    print(
+        f"tokens: {per_epoch:,} an epoch in {len(examples):,} examples, the longest {longest}; "
+        f"steps: {steps:,} ({steps_per_epoch(len(examples), trainer.effective_batch)} an epoch)"
+    )
+    for name, size in gib.items():
+        print(f"memory, {name}: {size / 2**30:.2f} GiB")
+    print(f"memory, sum: {sum(gib.values()) / 2**30:.2f} GiB")
+
+
+def _wanted(config: Config) -> list[str]:
+    """A name for every point that the config asks for."""
+    tasks = [f"{name}:{shots} limit={config.eval.limit}" for name, shots in config.tasks]
+    readings = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
+    return [f"{task} {reading}" for task in tasks for reading in readings]
+
+
+def _open_record(
+    config: Config, inputs: Inputs, counts: dict[str, int], accelerator: Accelerator
+) -> Record:
+    """The run's record so far, or a new one, saved on the main process."""
+    path = inputs.folder / RECORD
+    facts = environment()
+    fresh = Record(
+        status="training",
+        name=str(inputs.folder.relative_to(Path(config.output_dir) / "runs")),
+        config=dataclasses.asdict(config),
+        run_hash=inputs.run_hash,
+        git=facts["git"],
+        versions=facts["versions"],
+        device=facts["device"] | {"processes": accelerator.num_processes},
+        model=inputs.model,
+        data=inputs.data | counts,
+    )
+    if path.exists():
+        old = read_record(path)
+        # Where it was trained stays; what it is evaluated with now is added to what it has.
+        old.config["eval"] = fresh.config["eval"]
+        old.status = "training" if old.training is None else "evaluating"
+        fresh = old
+    if accelerator.is_main_process:
+        write_record(path, fresh)
+    accelerator.wait_for_everyone()
+    return fresh
+
+
+def _adapter_metadata(config: Config, inputs: Inputs) -> dict[str, str]:
+    spec = adapter_spec_of(config)
+    return {
+        "method": config.method.name,
+        "rank": str(spec.rank),
+        "train_ranks": json.dumps(config.train_ranks),
+        "scaling": spec.scaling,
+        "p_full": json.dumps(spec.p_full),
+        "base_model": json.dumps(inputs.model),
+        "run_hash": inputs.run_hash,
+    }
+
+
+def _show(record: Record, folder: Path) -> Path | None:
+    """Print the rank-accuracy table, write table and plot beside the record, name the files."""
+    tables = run_tables(record)
+    print(f"\n{format_run_table(record)}\n")
+    paths = [folder / RECORD, folder / ADAPTER]
+    if not tables:
+        return None
+    paths += write_tables(tables, folder / "table", title=record.name)
+    figures = plot_tables(tables, folder / "plot")
+    print("wrote", *(str(path) for path in [*paths, *figures]), sep="\n  ", flush=True)
+    return next(path for path in figures if path.suffix == ".png")

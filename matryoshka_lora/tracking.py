@@ -1,0 +1,197 @@
+"""Weights & Biases, or nothing, behind one small interface.
+
+The files of a run stay the source of truth; W&B only mirrors them. A run that is started again goes
+on under the same W&B id, which is the run's hash. Online W&B does the joining itself: steps that it
+already has are not taken a second time. Offline each start leaves a folder of its own under
+`<run folder>/wandb/`; as all of them carry the run's id,
+
+    wandb sync <run folder>/wandb/offline-run-*
+
+uploads them, in the order of their start, into one W&B run.
+"""
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from matryoshka_lora.config import Config, short_name
+from matryoshka_lora.methods import build_method
+from matryoshka_lora.metrics import AXES, Axis, aurac
+from matryoshka_lora.records import Record, Row, RowKey
+
+logger = logging.getLogger(__name__)
+
+# Where the AURAC of a curve goes in the summary, by axis.
+AURAC_PREFIX: dict[Axis, str] = {"log2": "aurac", "linear": "aurac_linear"}
+
+
+class Tracker:
+    """Tracking turned off: every call does nothing."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A row of `train.jsonl`."""
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Rows of the sweep measured so far; those shown before are not shown again."""
+
+    def finish(self, record: Record, figure: Path | None) -> None:
+        """The sweep is done: its curves, the table of all rows, AURAC and the plot as an image."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing more follows; an exit code other than 0 marks the run as failed."""
+
+
+def make_tracker(config: Config, run_hash: str, folder: Path, main_process: bool) -> Tracker:
+    """The tracker that the config names; on other than the main process the one that does nothing.
+
+    Raises ValueError if the run's wandb folder cannot be written or W&B refuses to start, such as
+    without an API key.
+    """
+    if config.tracking.name == "none" or not main_process:
+        return Tracker()
+    return WandbTracker(config, run_hash, folder)
+
+
+def run_group(config: Config) -> str:
+    """What the seeds and learning rates of one setting share, as in the paper's code."""
+    adapter = config.adapter
+    return "-".join(
+        [
+            short_name(config.model.name),
+            config.dataset.name,
+            config.method.name,
+            f"r{adapter.rank}",
+            adapter.scaling,
+        ]
+    )
+
+
+def curve_name(
+    task: str, shots: int, metric: str, answer_filter: str | None, limit: int | None = None
+) -> str:
+    """`gsm8k-3shot/exact_match-strict-match`: what one rank-accuracy curve is about."""
+    documents = "" if limit is None else f"-first{limit}"
+    extracted = "" if answer_filter is None else f"-{answer_filter}"
+    return f"{task}-{shots}shot{documents}/{metric}{extracted}"
+
+
+class WandbTracker(Tracker):
+    """One W&B run. `wandb` is imported here only, so that without tracking it is never loaded."""
+
+    def __init__(self, config: Config, run_hash: str, folder: Path) -> None:
+        _check_writable(folder / "wandb")
+        import wandb
+
+        self.wandb = wandb
+        self.train_ranks = config.train_ranks
+        self.drawn_ranks = build_method(config).ranks
+        self.shown: set[RowKey] = set()
+        group, lr = run_group(config), f"lr{config.trainer.lr:g}"
+        try:
+            self.run = wandb.init(
+                project=config.tracking.project,
+                entity=config.tracking.entity,
+                mode=cast(Literal["online", "offline"], config.tracking.mode),
+                dir=folder,
+                id=run_hash,
+                # Offline there is nobody to ask whether the run exists; `wandb sync` joins by id.
+                resume="allow" if config.tracking.mode == "online" else None,
+                group=group,
+                job_type=lr,
+                name=f"{group}-{lr}-seed{config.seed}",
+                config=dataclasses.asdict(config),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"tracking=wandb cannot start: {str(error).rstrip('. ')}. Run `wandb login` or set "
+                "WANDB_API_KEY; without network set tracking.mode=offline, or tracking=none"
+            ) from error
+        self.run.define_metric("train/*", step_metric="train/step")
+        self.run.define_metric("eval/*", step_metric="eval/rank")
+
+    def step(self, row: dict[str, Any]) -> None:
+        # An explicit step: rows that a resumed training repeats are then not logged twice.
+        self.run.log(self._curves(row), step=row["step"], commit=True)
+
+    def _curves(self, row: dict[str, Any]) -> dict[str, float]:
+        """`train/<name>` -> number; lists become one number a block of rows or a drawn rank."""
+        curves: dict[str, float] = {}
+        for name, value in row.items():
+            if name == "block_grad_norms":
+                blocks = zip([0, *self.train_ranks], self.train_ranks, value, strict=False)
+                for start, end, norm in blocks:
+                    curves[f"train/grad_norm_rows/{start + 1}-{end}"] = norm
+            elif name == "ranks":
+                for rank, count in zip(self.drawn_ranks, value, strict=True):
+                    curves[f"train/samples_at_rank/{rank}"] = count
+            else:
+                curves[f"train/{name}"] = value
+        return curves
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        by_rank: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            if row.key in self.shown or row.value is None:
+                continue
+            self.shown.add(row.key)
+            if row.rank == 0:  # no place on an axis of log2(rank)
+                self.run.summary[f"base/{_curve_of(row)}"] = row.value
+            else:
+                by_rank[row.rank][f"eval/{_curve_of(row)}/{row.rule}"] = row.value
+        for rank, values in sorted(by_rank.items()):
+            self.run.log({"eval/rank": rank, **values})
+
+    def finish(self, record: Record, figure: Path | None) -> None:
+        self.rows(record.rows)
+        columns = [field.name for field in dataclasses.fields(Row) if field.name != "scores"]
+        table = self.wandb.Table(
+            columns=[*columns],
+            data=[[getattr(row, name) for name in columns] for row in record.rows],
+        )
+        logged: dict[str, Any] = {"rows": table}
+        if figure is not None:
+            logged["rank_accuracy"] = self.wandb.Image(str(figure))
+        self.run.log(logged)
+        self.run.summary.update(aurac_summary(record.rows))
+
+    def close(self, exit_code: int = 0) -> None:
+        self.run.finish(exit_code=exit_code)
+
+
+def aurac_summary(rows: Sequence[Row]) -> dict[str, float]:
+    """`aurac/<curve>/<rule>` -> AURAC in the unit of the rows, over the ranks measured."""
+    curves: defaultdict[str, dict[int, float | None]] = defaultdict(dict)
+    for row in rows:
+        if row.rank > 0:
+            curves[f"{_curve_of(row)}/{row.rule}"][row.rank] = row.value
+    summary: dict[str, float] = {}
+    for name, values in curves.items():
+        points = sorted(values.items())
+        if missing := [rank for rank, value in points if value is None]:
+            logger.warning("no AURAC of %s: nothing was measured at ranks %s", name, missing)
+            continue
+        ranks, scores = zip(*points, strict=True)
+        for axis in AXES:
+            summary[f"{AURAC_PREFIX[axis]}/{name}"] = aurac(ranks, scores, axis)
+    return summary
+
+
+def _curve_of(row: Row) -> str:
+    return curve_name(row.task, row.shots, row.metric, row.filter, row.limit)
+
+
+def _check_writable(folder: Path) -> None:
+    # W&B itself would go on silently in a temporary folder.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"tracking=wandb: {folder} cannot be written ({error.strerror}); free it, choose "
+            "another output_dir, or set tracking=none"
+        ) from None

