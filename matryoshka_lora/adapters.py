@@ -163,7 +163,7 @@ def add_adapters(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     model.adapter_spec = spec  # type: ignore[assignment]
-    logger.info("%d layers adapted at rank %d", len(names), spec.rank)
+    logger.debug("%d layers adapted at rank %d", len(names), spec.rank)
     return names
 
 

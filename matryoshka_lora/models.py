@@ -123,8 +123,8 @@ def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
         f"model {source} (revision {config.revision}) cannot be read: {reason} If the repository "
-        f"is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; for "
-        f"a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
+        f"is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; "
+        f"for a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
     )
 
 

@@ -118,12 +118,16 @@ def run(config: Config) -> Record | None:
             logger.info("this run is finished; force=true would make it again")
             _show(record, folder)
         return record
-    tasks = load_own_and_harness_tasks(config, accelerator)
+    dry = config.trainer.dry_run
+    tasks = [] if dry else load_own_and_harness_tasks(config, accelerator)
     tokenizer = load_tokenizer(config.model)
     examples, counts = tokenize(inputs.train, config.dataset, tokenizer)
     held_out = tokenize(inputs.held_out, config.dataset, tokenizer)[0] if inputs.held_out else []
-    if config.trainer.dry_run:
-        dry_run(config, examples)
+    # The shape alone tells whether the targets exist, long before weights are read.
+    shape = load_model(config.model, torch.device("meta"))
+    add_adapters(shape, adapter_spec_of(config), config.adapter.targets)
+    if dry:
+        dry_run(config, shape, examples)
         return None
     if config.force and main and folder.exists():
         shutil.rmtree(folder)
@@ -349,10 +353,11 @@ def held_out_rows(
     ]
 
 
-def dry_run(config: Config, examples: Sequence[Example]) -> None:
-    """Print parameters, tokens, steps and estimated memory of a training, without weights."""
-    model = load_model(config.model, torch.device("meta"))
-    add_adapters(model, adapter_spec_of(config), config.adapter.targets)
+def dry_run(config: Config, model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Print parameters, tokens, steps and estimated memory of a training.
+
+    model: adapted, without weights.
+    """
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     total = sum(p.numel() for p in model.parameters())
     trainer = config.trainer

@@ -220,13 +220,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
 
 
 def test_the_base_is_untouched_and_the_loss_falls(tmp_path):
-    config = make_config(max_steps=40, lr=0.1)
+    config = make_config(max_steps=40, epochs=40, lr=0.03)
     model, rows, summary = train(tmp_path, config, examples=make_examples(8))
     base = small_llama().state_dict()
     assert all(torch.equal(base[name], model.state_dict()[name]) for name in base)
     assert summary["final_loss"] < 0.9 * summary["first_loss"]
     assert summary["tokens"] == sum(row["tokens"] for row in rows)
-    assert rows[0]["lr"] == 0.1 and rows[-1]["lr"] == pytest.approx(0.1 / 40)
+    assert rows[0]["lr"] == 0.03 and rows[-1]["lr"] == pytest.approx(0.03 / 40)
     norms = np.array([row["block_grad_norms"] for row in rows])
     np.testing.assert_allclose(
         np.sqrt((norms**2).sum(1)), [row["grad_norm"] for row in rows], rtol=1e-5

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Answers = list[tuple[int, Output]]
 
 STEPS_PER_CHECK = 8
-"""Decoding steps between two looks of the host; a finished row idles for half of them at most."""
+"""Decoding steps between two looks of the host; on average a finished row idles for half."""
 CPU_SLOTS_BYTES = 512 * 2**20
 """Keys and values held on the CPU at most."""
 LIMITS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
@@ -334,8 +334,9 @@ class Batch:
         table = torch.stack([point.p for point in points])
         self.table = table.to(self.device, self.model.dtype)
         groups = group(jobs, {point: row for row, point in enumerate(points)})
-        # The longest first: what shares a prefill or a step is then of similar length.
-        groups.sort(key=lambda g: -len(g.context))
+        # Point by point, so that points become complete one after the other; within a point the
+        # longest first, so that what shares a prefill or a step is of similar length.
+        groups.sort(key=lambda g: (g.point, -len(g.context)))
         self.scoring = deque(g for g in groups if g.generate is None)
         self.waiting = deque(g for g in groups if g.generate is not None)
         self.rows: Rows | None = None

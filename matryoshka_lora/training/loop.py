@@ -349,10 +349,9 @@ class _StepLog:
             self.shown = time.monotonic()
             self.file.flush()
             window = self.rows[-50:]
-            speed = sum(r["tokens"] for r in window) / max(
-                window[-1]["seconds"] - window[0]["seconds"] + 1e-9, 1e-9
-            )
-            rate = (window[-1]["seconds"] - window[0]["seconds"]) / max(len(window) - 1, 1)
+            span = window[-1]["seconds"] - (self.rows[-51]["seconds"] if step >= 50 else 0.0)
+            speed = sum(row["tokens"] for row in window) / span
+            rate = span / len(window)
             logger.info(
                 "step %d/%d  loss %.4f  %.0f tokens/s  %s left",
                 step + 1,

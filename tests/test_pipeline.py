@@ -1,0 +1,232 @@
+"""Whole runs through the command a user types, on the embedded model and data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from matryoshka_lora.config import Config
+from matryoshka_lora.pipeline import RECORD, run
+from matryoshka_lora.records import read_record, write_record
+
+SMALL = ["adapter.rank=4", "trainer.max_steps=4", "eval.limit=6", "dataset.limit=100"]
+
+
+def train(folder, *overrides, flags=(), check=True, timeout=300):
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *flags,
+            f"output_dir={folder}",
+            *SMALL,
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def records(folder):
+    return {path: read_record(path) for path in sorted((folder / "runs").rglob(RECORD))}
+
+
+def small_config(folder, **changes):
+    config = Config()
+    config.output_dir = str(folder)
+    config.adapter.rank, config.trainer.max_steps, config.dataset.limit = 4, 4, 100
+    config.eval.limit, config.eval.tasks = 6, ["arithmetic_word_problems:0"]
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def test_the_four_methods_run_end_to_end_and_a_second_time_only_show(tmp_path):
+    methods = "method=lora,dylora,matryoshka,nested_dropout"
+    done = train(tmp_path, methods, flags=["-m"])
+    found = records(tmp_path)
+    assert {record.config["method"]["name"] for record in found.values()} == {
+        *("lora", "dylora", "matryoshka", "nested_dropout")
+    }
+    for path, record in found.items():
+        assert record.status == "finished" and record.training["steps"] == 4
+        assert record.data["used"] == 100 and record.data["truncated"] == 0
+        readings = {(row.rank, row.rule) for row in record.rows}
+        assert readings == {(0, "base")} | {
+            (rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained", "svd")
+        }
+        metrics = {(row.metric, row.filter) for row in record.rows}
+        assert metrics == {
+            *(("exact_match", "strict-match"), ("exact_match", "flexible-extract"), ("loss", None))
+        }
+        assert all(row.n == 6 and row.value is not None for row in record.rows)
+        for name in ("adapter.safetensors", "table.md", "table.csv", "plot.png", "train.jsonl"):
+            assert (path.parent / name).stat().st_size > 0
+        assert str(path.parent / "table.csv") in done.stdout
+    before = {path: path.read_bytes() for path in found}
+    again = train(tmp_path, methods, flags=["-m"])
+    assert again.stderr.count("this run is finished") + again.stdout.count(
+        "this run is finished"
+    ) == len(found)
+    assert {path: path.read_bytes() for path in found} == before
+
+
+def test_new_evaluation_settings_evaluate_only_what_is_missing(tmp_path):
+    run(small_config(tmp_path, eval__rules=["prefix"]))
+    ((path, first),) = records(tmp_path).items()
+    samples = path.parent / "samples" / "arithmetic_word_problems-0.jsonl"
+    lines = samples.read_text().splitlines()
+    run(small_config(tmp_path, eval__rules=["prefix", "svd"]))
+    ((_, second),) = records(tmp_path).items()
+    assert second.training == first.training
+    assert samples.read_text().splitlines()[: len(lines)] == lines
+    old = {row.key: row for row in first.rows}
+    assert all(old[row.key] == row for row in second.rows if row.key in old)
+    assert {row.rule for row in second.rows} == {"base", "prefix", "svd"}
+
+
+def test_both_engines_give_the_same_rows(tmp_path):
+    rows = {}
+    for engine in ("hf", "batched"):
+        config = small_config(tmp_path / engine, eval__engine=engine, trainer__max_steps=20)
+        config.trainer.lr = 6e-3
+        rows[engine] = run(config).rows
+    for ours, reference in zip(rows["batched"], rows["hf"], strict=True):
+        assert ours.key == reference.key
+        assert ours.value == pytest.approx(reference.value, rel=1e-4)
+
+
+def test_a_corrupt_record_is_named_and_left_alone(tmp_path):
+    config = small_config(tmp_path)
+    run(config)
+    ((path, _),) = records(tmp_path).items()
+    path.write_text(path.read_text()[:200])
+    damaged = path.read_bytes()
+    with pytest.raises(ValueError, match=r"record.json is not a valid run record.*left alone"):
+        run(config)
+    assert path.read_bytes() == damaged
+
+
+def test_force_makes_the_run_again(tmp_path):
+    config = small_config(tmp_path)
+    run(config)
+    ((path, record),) = records(tmp_path).items()
+    record.training["seconds"] = -1.0
+    write_record(path, record)
+    config.force = True
+    assert run(config).training["seconds"] > 0
+
+
+def test_held_out_loss(tmp_path):
+    record = run(small_config(tmp_path, dataset__validation=0.2, eval__tasks=[]))
+    rows = [row for row in record.rows if row.task == "validation"]
+    assert record.data["held_out"] == 20 and record.data["used"] == 80
+    assert len(rows) == 1 + 3 * 3 and all(row.n == 20 and row.value > 0 for row in rows)
+
+
+def test_a_dry_run_counts_and_stops(tmp_path):
+    done = train(
+        tmp_path,
+        "trainer.dry_run=true",
+        "model=llama3_8b",
+        "dataset=arithmetic",
+        "model.random_weights=true",
+        "adapter.rank=32",
+    )
+    assert "83,886,080 trainable" in done.stdout and "steps: 4" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.targets=[q_proj,x_proj]", "['x_proj'] match no module"),
+        ("dataset.max_length=4", "keeps a label"),
+        ("dataset.path=/nowhere", "is not a folder"),
+        ("model.path=/nowhere", "is not a folder"),
+        ("eval.tasks=['gsm8kk:3']", "gsm8k"),
+        ("model.name=nobody/nothing", "set model.path=FOLDER"),
+    ],
+)
+def test_mistakes_give_one_line_before_training(tmp_path, override, message):
+    done = train(tmp_path, override, check=False)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def start(folder, *overrides):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), f"output_dir={folder}", *SMALL, *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(tmp_path):
+    options = ("trainer.max_steps=2000", "trainer.save_every=5")
+    process = start(tmp_path, *options)
+    wait_for(lambda: list(tmp_path.rglob("step-*.pt")), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    ((_, record),) = records(tmp_path).items()
+    assert record.status == "training"
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing_that_was_finished(tmp_path):
+    """20 kills -9 over a run end in the adapter and the rows of an uninterrupted run."""
+    options = ("trainer.max_steps=120", "trainer.save_every=3", "eval.limit=40")
+    began = time.monotonic()
+    train(tmp_path / "whole", *options)
+    whole = time.monotonic() - began
+    generator = torch.Generator().manual_seed(0)
+    killed = 0
+    while killed < 20:
+        process = start(tmp_path / "killed", *options)
+        try:
+            # Past the imports, where there is something to lose; later kills come later.
+            share = 0.4 + 0.6 * torch.rand(1, generator=generator).item()
+            process.communicate(timeout=whole * share)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            killed += 1
+            for path in (tmp_path / "killed").rglob("record.json"):
+                read_record(path)  # never half-written
+    train(tmp_path / "killed", *options)
+    ((path, ours),) = records(tmp_path / "killed").items()
+    ((reference_path, reference),) = records(tmp_path / "whole").items()
+    mine = load_file(path.parent / "adapter.safetensors")
+    theirs = load_file(reference_path.parent / "adapter.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row.key for row in ours.rows] == [row.key for row in reference.rows]
+    for row, other in zip(ours.rows, reference.rows, strict=True):
+        assert row.value == pytest.approx(other.value, rel=1e-4)
+    lines = (path.parent / "samples" / "arithmetic_word_problems-0.jsonl").read_text().splitlines()
+    keys = [(s["rank"], s["rule"], s["doc_id"]) for s in map(json.loads, lines)]
+    assert len(keys) == len(set(keys))  # no point was evaluated twice

@@ -1,0 +1,338 @@
+"""The grids of the tables: what is planned, searched, resumed, published and refused."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_lm
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from test_launcher import environment, write_fake_slurm
+
+from hydra_plugins.gpu_queue.jobs import Job, Outcome
+from matryoshka_lora.cli import one_line
+from matryoshka_lora.config import build_config
+from matryoshka_lora.pipeline import prepare
+from matryoshka_lora.records import Record, Row, find_records, read_record, write_record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reproduce"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> list[str]:
+    """Overrides that take model and data from a temporary folder."""
+    folder = tmp_path_factory.mktemp("local")
+    tiny_lm.model().save_pretrained(folder / "model")
+    tiny_lm.tokenizer().save_pretrained(folder / "model")
+    tiny_lm.write_jsonl(folder / "data" / "train.jsonl", tiny_lm.word_problems(20, 0))
+    return [f"model.path={folder}/model", f"dataset.path={folder}/data"]
+
+
+@pytest.fixture
+def trained(monkeypatch, reproduce):
+    """Jobs write a record instead of training; returns their overrides, and what is to fail.
+
+    The held-out loss is lowest at lr 3e-4; a job fails if its overrides hold a key of `fails`.
+    """
+    ran: list[tuple[str, ...]] = []
+    fails: dict[str, str] = {}
+
+    def run_jobs(jobs, slots, script, logs, *, show=False):
+        assert script == ROOT / "train.py"
+        return [run_job(job, logs) for job in jobs]
+
+    def run_job(job: Job, logs: Path) -> Outcome:
+        ran.append(job.overrides)
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = build_config(compose("train", list(job.overrides)))
+        inputs = prepare(config)
+        errors = [fails[text] for text in job.overrides if text in fails]
+        loss = abs(math.log(config.trainer.lr / 3e-4))
+        row = Row("validation", 0, None, None, 1, config.eval.rules[0], "loss", loss, None, 1, None)
+        rows = [dataclasses.replace(row, rank=rank) for rank in config.eval_ranks]
+        if config.eval.tasks:
+            value = config.seed / 1e4
+            rows = [dataclasses.replace(r, task="t", metric="acc", value=value) for r in rows]
+        wanted = [f"{t}:{s} limit={config.eval.limit}" for t, s in config.tasks]
+        points = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
+        record = Record(
+            status="failed" if errors else "finished",
+            name=str(inputs.folder.relative_to(Path(config.output_dir) / "runs")),
+            config=dataclasses.asdict(config),
+            run_hash=inputs.run_hash,
+            git=None,
+            versions={},
+            device={"kind": "cpu", "name": "this one"},
+            model=inputs.model,
+            data=inputs.data,
+            training={"seconds": 60.0, "steps": 3},
+            evaluation={"seconds": 30.0, "finished": [f"{t} {p}" for t in wanted for p in points]},
+            error=errors[0] if errors else None,
+            rows=[] if errors else rows,
+        )
+        write_record(inputs.folder / "record.json", record)
+        return Outcome(job, logs / "a.log", 1.0, "exit code 1" if errors else None)
+
+    monkeypatch.setattr(reproduce, "run_jobs", run_jobs)
+    monkeypatch.setattr(
+        reproduce, "environment", lambda: {"device": {"kind": "cpu", "name": "this one"}}
+    )
+    return ran, fails
+
+
+def test_table2_tiny_is_four_methods_and_a_dedicated_lora(
+    reproduce, local, tmp_path, trained, capsys
+):
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
+    assert reproduce.main([*arguments, "dry=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "15 runs, 0 finished, 15 to do" in shown and "estimated time: unknown" in shown
+    ran, _ = trained
+    assert ran == []
+    assert not (tmp_path / "records").exists()
+
+    assert reproduce.main([*arguments, "methods=lora,dylora"]) == 0
+    assert len(ran) == 9
+    capsys.readouterr()
+    assert reproduce.main([*arguments, "dry=1"]) == 0
+    shown = capsys.readouterr().out
+    # 6 runs of R=32 and their 90 s each are known from lora and dylora.
+    assert "15 runs, 9 finished, 6 to do" in shown and "estimated time: 9 min" in shown
+
+    assert reproduce.main(arguments) == 0
+    assert len(ran) == 15
+    settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
+    assert {s["seed"] for s in settings} == {"42", "666", "2408"}
+    assert [s["adapter.rank"] for s in settings].count("1") == 3
+    assert {s["method"] for s in settings} == {"lora", "dylora", "matryoshka", "nested_dropout"}
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        lr = str(compose("train", ["model=tiny"]).trainer.lr)
+    assert all(s["trainer.lr"] == lr and s["adapter.scaling"] == "none" for s in settings)
+    assert len(find_records(tmp_path / "records" / "table2-tiny", "*.json")) == 15
+    for path in ("tables/table2-tiny.csv", "tables/table2-tiny.md", "tables/table2-tiny.tex"):
+        assert (tmp_path / path).is_file()
+    assert (tmp_path / "figures/table2-tiny.png").is_file()
+    assert "tables/table2-tiny.md" in capsys.readouterr().out
+
+    assert reproduce.main(arguments) == 0
+    assert len(ran) == 15, "finished runs are not run again"
+
+
+def test_a_failed_job_leaves_a_hole_and_is_the_only_one_to_run_again(
+    reproduce, local, tmp_path, trained, capsys
+):
+    ran, fails = trained
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
+    arguments += ["methods=lora,matryoshka", "seeds=42,666"]
+    fails["method=matryoshka"] = "OutOfMemoryError: no memory"
+    assert reproduce.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert len(ran) == 6  # two of them dedicated
+    assert shown.err.count("OutOfMemoryError: no memory") == 2 and "a.log" in shown.err
+    table = (tmp_path / "tables" / "table2-tiny.md").read_text()
+    assert "missing: MatryoshkaLoRA" in table and "seed 666" in table
+    records = find_records(tmp_path / "records" / "table2-tiny", "*.json")
+    assert len(records) == 4
+    fails.clear()
+    assert reproduce.main(arguments) == 0
+    assert len(ran) == 8
+    assert "missing" not in (tmp_path / "tables" / "table2-tiny.md").read_text()
+
+
+def test_other_records_of_the_table_are_removed_loudly(reproduce, local, tmp_path, trained, caplog):
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    assert reproduce.main([*arguments, "seeds=42,666"]) == 0
+    assert reproduce.main([*arguments, "seeds=666"]) == 0
+    (left,) = find_records(tmp_path / "records" / "table2-tiny", "*.json")
+    assert read_record(left).config["seed"] == 666
+    assert left.name.startswith("arithmetic-tiny-matryoshka-r32-none-lr")
+    assert "removed 1 records" in caplog.text and "seed42" in caplog.text
+
+
+def test_several_learning_rates_are_searched_on_held_out_records(
+    reproduce, local, tmp_path, trained, capsys
+):
+    ran, fails = trained
+    arguments = ["table2", "model=llama3_1b", *local, f"output_dir={tmp_path}", "ranks=4"]
+    arguments += ["scalings=none", "methods=lora,matryoshka", "seeds=42,666"]
+    fails["trainer.lr=0.001"] = "FloatingPointError: loss is nan at step 3"
+    assert reproduce.main(arguments) == 0, "a training that diverges has lost, and no more"
+    settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
+    search, final = settings[:6], settings[6:]
+    assert {s["seed"] for s in search} == {"42"} and len(final) == 4
+    assert {s["trainer.lr"] for s in search} == {"0.0001", "0.0003", "0.001"}
+    for s in search:
+        assert s["dataset.validation"] == "0.05" and s["eval.tasks"] == "[]"
+        # recipe=paper reads by `prefix` alone, so that decides.
+        assert s["eval.rules"] == "[prefix]"
+        assert s["eval.ranks"] == ("[4]" if s["method"] == "lora" else "[1,2,4]")
+    assert {s["trainer.lr"] for s in final} == {"0.0003"}
+    assert not any("dataset.validation" in s for s in final)
+    for table in ("table2-llama3_1b", "table2-llama3_1b-search"):
+        assert len(find_records(tmp_path / "records" / table, "*.json")) == 4
+        assert (tmp_path / "tables" / f"{table}.md").is_file()
+    ran.clear()
+    assert reproduce.main(arguments) == 0 and ran == []
+
+
+def test_a_search_that_is_not_complete_chooses_nothing(reproduce, local, tmp_path, trained, capsys):
+    ran, fails = trained
+    arguments = ["table2", "model=llama3_1b", *local, f"output_dir={tmp_path}", "ranks=4"]
+    arguments += ["scalings=none", "methods=lora,dylora", "seeds=42", "recipe=default"]
+    fails["method=lora"] = "OSError: no space left"
+    assert reproduce.main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert "lora R=4 none: no learning rate could be chosen" in shown
+    assert "no space left" in shown
+    assert len(ran) == 7
+    table = (tmp_path / "tables" / "table2-llama3_1b.md").read_text()
+    assert "missing: LoRA" in table and "DyLoRA" in table
+    rules = {text for overrides in ran for text in overrides if text.startswith("eval.rules")}
+    assert rules == {"eval.rules=[trained]"}
+
+
+def test_the_grids_of_the_paper(reproduce, local, tmp_path, capsys, trained):
+    common = [*local, f"output_dir={tmp_path}"]
+    assert len(reproduce.PAPER_LRS) == 23 and 7e-4 not in reproduce.PAPER_LRS
+    assert sorted(reproduce.PAPER_LRS) == reproduce.PAPER_LRS
+    assert reproduce.main(["table2", "model=llama3_8b", "dry=1", *common]) == 0
+    # 4 methods x 2 ranks x 3 scalings, 3 learning rates and 3 seeds.
+    assert "144 runs, 0 finished" in capsys.readouterr().out
+    small = ["seeds=42", "methods=lora", "ranks=32", "scalings=none", "dry=1"]
+    assert reproduce.main(["table2", "model=llama3_8b", "lrs=paper", *small, *common]) == 0
+    assert "24 runs" in capsys.readouterr().out
+    assert reproduce.main(["table2", "model=llama3_8b", "lrs=1e-4", *small, *common]) == 0
+    shown = capsys.readouterr().out
+    assert "1 runs" in shown and "search" not in shown
+
+
+def test_without_a_hub_a_dry_plan_is_still_shown(reproduce, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def prepare(config):
+        asked.append(config)
+        raise ValueError("the hub cannot be reached")
+
+    monkeypatch.setattr(reproduce, "prepare", prepare)
+    arguments = ["table3", f"output_dir={tmp_path}"]
+    assert reproduce.main([*arguments, "dry=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "288 runs" in shown and "unknown, because the hub cannot be reached" in shown
+    assert "table3-llama3_1b:" in shown and "table3-llama3_8b:" in shown
+    assert len(asked) == 1 and asked[0].dataset.name == "platypus"
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        reproduce.main(arguments)
+
+
+def test_slurm_jobs_are_products_of_exactly_the_pending_runs(
+    reproduce, local, tmp_path, monkeypatch
+):
+    fake = write_fake_slurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(fake), prepend=":")
+    options = reproduce.parse(
+        ["table2", "model=tiny", "launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    )
+    runs = [
+        {"model": "tiny", "method": m, "trainer.lr": lr, "seed": s, "adapter.rank": "4",
+         "adapter.scaling": "none"}
+        for m, lr in (("lora", "0.1"), ("dylora", "0.1"), ("matryoshka", "0.2"))
+        for s in "123"
+    ]  # fmt: skip
+    jobs = reproduce.slurm_jobs(
+        [reproduce.Run(settings, None, None) for settings in runs[1:]], options
+    )
+    swept = []
+    for job in jobs:
+        assert job.overrides[:2] == ("-m", "hydra/launcher=submitit_slurm")
+        assert "hydra.launcher.partition=gpu" in job.overrides
+        assert "hydra.launcher.gpus_per_node=1" in job.overrides
+        given = dict(text.split("=", 1) for text in job.overrides[2:])
+        swept += [
+            (method, lr, seed)
+            for method in given["method"].split(",")
+            for lr in given["trainer.lr"].split(",")
+            for seed in given["seed"].split(",")
+        ]
+    assert sorted(swept) == sorted((r["method"], r["trainer.lr"], r["seed"]) for r in runs[1:])
+    assert len(jobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tabel2"], "'tabel2' is unknown; allowed: table2, table3 .did you mean table2"),
+        (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
+        (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
+        (["table2", "seeds=1,1"], "each once"),
+        (["table2", "lrs=fast"], "'fast' is not a number"),
+        (["table2", "limit=0"], "limit=0 must be a positive integer"),
+        (["table2", "gpus=two"], "gpus=two must be a positive integer"),
+        (["table2", "dry=maybe"], "dry=maybe must be 0 or 1"),
+        (["table2", "launcher=slurm"], "launcher=slurm is unknown.*submitit_slurm"),
+        (["table2", "launcher=submitit_slurm"], "no sbatch or srun here"),
+        (["table2", "hydra.launcher.partition=gpu"], "needs launcher=submitit_slurm"),
+        (["table2", "seed=1"], "give seeds="),
+        (["table2", "method=lora"], "give methods="),
+        (["table2", "force=true"], "move the run's folder away"),
+        (["table2", "sedes=1"], "'sedes' is unknown.*did you mean seeds"),
+        (["table2", "tiny"], "'tiny' is not key=value"),
+        (["table2", "limit=1", "limit=2"], "given twice"),
+        (["table2", "model=tiny", "scalings=cube"], "adapter.scaling=cube is unknown"),
+        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must not be negative"),
+        (["table2", "model=tiny", "lrs=0"], "trainer.lr=0.0 must be a positive number"),
+        (["table2", "model=tiny", "ranks=0"], "adapter.rank=0"),
+        (["table2", "model=tiny", "dataset.path=nowhere"], "nowhere is not a folder"),
+        (["table2", "model=llama3_1b,llama3_8b", "model.path=x"], "model.path= is for one model"),
+    ],
+)
+def test_a_mistake_is_one_error_before_anything_starts(
+    reproduce, tmp_path, trained, arguments, message, monkeypatch
+):
+    monkeypatch.setattr(reproduce.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        reproduce.main([*arguments, f"output_dir={tmp_path}"])
+    assert trained[0] == []
+
+
+def test_unknown_keys_and_corrupt_records_are_named(reproduce, local, tmp_path, trained):
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    with pytest.raises(ConfigCompositionException) as caught:
+        reproduce.main([*arguments, "trainer.epohcs=2"])
+    assert "epohcs" in one_line(caught.value) and "did you mean epochs" in one_line(caught.value)
+    assert reproduce.main([*arguments, "seeds=42"]) == 0
+    (path,) = find_records(tmp_path / "runs", "record.json")
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"record\.json is not a valid run record"):
+        reproduce.main(arguments)
+    assert path.read_text() == "{" and len(trained[0]) == 1
+
+
+def test_table3_on_the_embedded_model_ends_in_a_table(
+    reproduce, local, tmp_path, monkeypatch, capfd
+):
+    """The whole path as `make reproduce-table3 MODEL=tiny LIMIT=20` takes it, made short."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    arguments = ["table3", "model=tiny", "limit=20", "gpus=2", local[0], f"output_dir={tmp_path}"]
+    arguments += ["methods=matryoshka", "seeds=42", "trainer.max_steps=2"]
+    arguments += ["eval.tasks=[arc_challenge:25,hellaswag:10]"]
+    assert reproduce.main([*arguments, "eval.ranks=[32]", "eval.rules=[prefix]"]) == 0
+    table = (tmp_path / "tables" / "table3-tiny-limit20.md").read_text()
+    assert "## arc_challenge 25-shot, first 20 documents, acc" in table
+    assert "## hellaswag 10-shot, first 20 documents, acc_norm" in table
+    assert table.splitlines()[0] in capfd.readouterr().out
+    (path,) = find_records(tmp_path / "records", "*.json")
+    assert {row.n for row in read_record(path).rows} == {20}
