@@ -157,7 +157,7 @@ def run(config: Config) -> Record | None:
         else:
             logger.info("training is finished; reading %s", folder / ADAPTER)
             load_adapter(folder / ADAPTER, model)
-        evaluate(config, model, tokenizer, tasks, held_out, record, inputs, accelerator)
+        evaluate(config, model, tokenizer, tasks, held_out, record, folder, accelerator)
         if main:
             record.status, record.error = "finished", None
             write_record(folder / RECORD, record)
@@ -176,15 +176,44 @@ def run(config: Config) -> Record | None:
     return record if main else None
 
 
+def evaluate_run(folder: Path, config: Config) -> Record | None:
+    """Evaluate a trained run as `config.eval` says and add the rows to its record.
+
+    config: the run's own, but for `eval` and `model.path`. Rows that are there already stay.
+    Raises ValueError where the run is not trained or the base model is another one.
+    """
+    record = read_record(folder / RECORD)
+    if record.training is None or not (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} is not trained yet (status {record.status}); run train.py first"
+        )
+    if model_identity(config.model) != record.model:
+        raise ValueError(
+            f"the base model of {folder} is {record.model}, which model.name={config.model.name} "
+            f"model.path={config.model.path} is not"
+        )
+    accelerator = make_accelerator()
+    tasks = load_own_and_harness_tasks(config, accelerator)
+    tokenizer = load_tokenizer(config.model)
+    model = build_adapted_model(config, accelerator)
+    load_adapter(folder / ADAPTER, model)
+    evaluate(config, model, tokenizer, tasks, [], record, folder, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    write_record(folder / RECORD, record)
+    _show(record, folder)
+    return record
+
+
 def make_accelerator() -> Accelerator:
     """Processes and device. Raises ValueError where the processes do not know each other."""
-    accelerator = Accelerator(mixed_precision="no")
+    # Without being told, accelerate ignores the launcher where there is no GPU.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
             f"the launcher started {started} processes, but accelerate sees "
-            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true, as "
-            "configs/accelerate/cpu2.yaml does"
+            f"{accelerator.num_processes}; use a file of configs/accelerate"
         )
     if not accelerator.is_main_process:
         logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
@@ -268,13 +297,14 @@ def evaluate(
     tasks: Sequence[EvalTask],
     held_out: Sequence[Example],
     record: Record,
-    inputs: Inputs,
+    folder: Path,
     accelerator: Accelerator,
 ) -> None:
     """Add the rows of every point that is missing to `record`, saving it after each point."""
-    folder, main = inputs.folder, accelerator.is_main_process
-    spec = adapter_spec(model)
-    plan = plan_points(spec, config.eval_ranks, config.eval.rules, config.train_ranks)
+    main = accelerator.is_main_process
+    plan = plan_points(
+        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+    )
     facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
     spent, began = facts["seconds"], time.monotonic()
 
@@ -303,7 +333,7 @@ def evaluate(
             plan,
             make_engine(config, model, tokenizer),
             folder / "samples",
-            identity=inputs.run_hash,
+            identity=record.run_hash,
             processes=accelerator,
             lockstep=accelerator.distributed_type == DistributedType.FSDP,
             on_point=on_point,

@@ -1,0 +1,53 @@
+"""Evaluate a finished run on further tasks; the rows are added to its record.
+
+    python scripts/evaluate.py run=FOLDER eval=arc_hellaswag
+    python scripts/evaluate.py run=FOLDER "eval.tasks=['gsm8k:0']" eval.data_path=data
+
+Takes eval=, eval.*= and model.path= as train.py does; everything else is the run's own.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.config import Config, build_config
+from matryoshka_lora.pipeline import RECORD, evaluate_run
+from matryoshka_lora.records import read_record
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def main(arguments: list[str]) -> None:
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    folder = given.pop("run", None)
+    if folder is None or not given:
+        raise ValueError("give run=FOLDER and what to evaluate, such as eval=gsm8k; see --help")
+    for key in given:
+        if key not in ("eval", "model.path") and not key.startswith("eval."):
+            raise ValueError(
+                f"{key} is the run's own; only eval, eval.* and model.path may be given"
+            )
+    record = read_record(Path(folder) / RECORD)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        chosen = compose("train", [a for a in arguments if not a.startswith("run=")])
+    node = OmegaConf.create(record.config)
+    node.eval = chosen.eval
+    if "model.path" in given:
+        node.model.path = chosen.model.path
+    evaluate_run(Path(folder), build_config(node))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
+    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        with exit_with_one_line():
+            main(sys.argv[1:])

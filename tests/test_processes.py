@@ -1,0 +1,127 @@
+"""Two processes, started as a user would, equal one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_pipeline import SMALL, records, train
+
+CPU2 = ROOT / "configs" / "accelerate" / "cpu2.yaml"
+
+
+def launch(folder, *overrides):
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(CPU2), str(ROOT / "train.py")),
+            *(f"output_dir={folder}", *SMALL, *overrides),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def losses(path: Path):
+    return [json.loads(line)["loss"] for line in (path / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+def test_two_processes_equal_one(tmp_path, method):
+    options = (f"method={method}", "trainer.max_steps=8", "trainer.lr=6e-3")
+    done = launch(tmp_path / "two", *options)
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "one", *options)
+    ((path, two),) = records(tmp_path / "two").items()
+    ((reference, one),) = records(tmp_path / "one").items()
+    assert (two.device["processes"], one.device["processes"]) == (2, 1)
+    np.testing.assert_allclose(losses(path.parent), losses(reference.parent), rtol=1e-5)
+    ours, theirs = (
+        torch.cat([t.flatten() for t in load_file(p.parent / "adapter.safetensors").values()])
+        for p in (path, reference)
+    )
+    assert (ours - theirs).norm() / theirs.norm() < 1e-4
+    ranks = [
+        [json.loads(line)["ranks"] for line in (p.parent / "train.jsonl").read_text().splitlines()]
+        for p in (path, reference)
+    ]
+    assert ranks[0] == ranks[1]
+    assert [row.key for row in two.rows] == [row.key for row in one.rows]
+    for row, other in zip(two.rows, one.rows, strict=True):
+        assert row.value == pytest.approx(other.value, rel=1e-3)
+    # One process writes: no sample is there twice.
+    lines = (path.parent / "samples" / "arithmetic_word_problems-0.jsonl").read_text().splitlines()
+    keys = [(s["rank"], s["rule"], s["doc_id"]) for s in map(json.loads, lines)]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_processes_cannot_make(tmp_path):
+    done = launch(tmp_path, "trainer.effective_batch=7")
+    assert done.returncode != 0
+    assert "cannot be made of 2 process(es); process counts that fit: [1, 7]" in done.stderr
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from conftest import TARGETS, small_llama
+from test_training import factors, make_config, make_examples, make_model
+from pathlib import Path
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from matryoshka_lora.adapters import at_rank
+from matryoshka_lora.methods import build_method
+from matryoshka_lora.pipeline import shard_base
+from matryoshka_lora.training import fit
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+config = make_config("nested_dropout", max_tokens=40)
+tokens = torch.arange(12)[None]
+
+def trained(folder, sharded):
+    model = make_model(config)
+    if sharded:
+        shard_base(model, torch.device("cpu"))
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert weight.to_local().shape[0] == weight.shape[0] // 2
+        # What accelerate calls a launch with fsdp.yaml; on CPUs it cannot be launched so.
+        accelerator.state.distributed_type = DistributedType.FSDP
+    folder.mkdir(parents=True, exist_ok=True)
+    fit(model, make_examples(), build_method(config), config, folder, accelerator)
+    with torch.no_grad(), at_rank(model, 2, "svd"):
+        return factors(model), model(tokens).logits
+
+folder = Path(sys.argv[2]) / str(accelerator.process_index)
+whole, logits = trained(folder / "whole", False)
+shards, sharded_logits = trained(folder / "sharded", True)
+assert ((whole - shards).norm() / whole.norm()) < 1e-5
+torch.testing.assert_close(sharded_logits, logits, rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
+    """FSDP2 with two gloo processes; NCCL and accelerate's own launch need GPUs and are not run."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
