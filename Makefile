@@ -25,7 +25,9 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install the pinned dependencies
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	# First alone, so that a CPU-only torch can be chosen before anything asks for another.
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard]'
 	@touch $@

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from matryoshka_lora.diagonals import check_rank, prefix_diagonal
+from matryoshka_lora.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,8 @@ def init_bound(init: str, in_features: int, rank: int) -> float:
 
     lora:  1/sqrt(in), `kaiming_uniform_(a=sqrt(5))` on an (R, in) tensor, as loralib and PEFT do
            (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py).
-    paper: 1/sqrt(R), the same call on the (in, R) tensor of the paper's released code, which takes
-    R
-           for the fan-in (https://github.com/IST-DASLab/MatryoshkaLoRA).
+    paper: 1/sqrt(R), the same call on the (in, R) tensor of the paper's released code, for which R
+           is the fan-in (https://github.com/IST-DASLab/MatryoshkaLoRA).
     """
     if init not in INITS:
         raise ValueError(f"initialiser {init!r} is unknown; allowed: {', '.join(INITS)}")
@@ -140,7 +140,8 @@ def add_adapters(
         )
     for name in names:
         module = model.get_submodule(name)
-        if not isinstance(module, nn.Linear) or isinstance(module, AdapterLinear):
+        # Subclasses, such as quantised layers, keep weights that F.linear cannot use.
+        if type(module) is not nn.Linear:
             raise ValueError(
                 f"adapter.targets names {name}, a {type(module).__name__}, not a plain linear "
                 f"layer; linear layers of this model: {', '.join(linear)}"
@@ -214,20 +215,18 @@ def diagonal(model: nn.Module, p: Tensor) -> Iterator[None]:
 def principal_factors(A: Tensor, B: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (A', B') of the update `B diag(p) A`, sorted by singular value, with p = 1.
 
-    A: (R, in), B: (out, R), p: (R,). QR of both factors, then SVD of the R x R core, in float64 (on
-    devices without it float32): the leading r rows of A' and columns of B' are the best rank-r
-    approximation of the update (Eckart-Young).
+    A: (R, in), B: (out, R), p: (R,). QR of both factors, then SVD of the R x R core, in float64:
+    the leading r rows of A' and columns of B' are the best rank-r approximation of the update
+    (Eckart-Young).
     """
-    work = torch.float32 if A.device.type == "mps" else torch.float64
-    q_out, r_out = torch.linalg.qr(B.to(work) * p.to(work))
-    q_in, r_in = torch.linalg.qr(A.to(work).T)
+    q_out, r_out = torch.linalg.qr(B.double() * p.double())
+    q_in, r_in = torch.linalg.qr(A.double().T)
     u, s, vh = torch.linalg.svd(r_out @ r_in.T)
-    root, rank = s.sqrt(), A.shape[0]
+    root = s.sqrt()
     # R may exceed a layer's width; the missing directions are zero.
     A_new, B_new = A.new_zeros(A.shape), B.new_zeros(B.shape)
     A_new[: len(s)] = ((q_in @ vh.T[:, : len(s)]) * root).T.to(A.dtype)
     B_new[:, : len(s)] = ((q_out @ u[:, : len(s)]) * root).to(B.dtype)
-    assert A_new.shape[0] == rank
     return A_new, B_new
 
 
@@ -269,9 +268,7 @@ def save_adapter(path: Path, model: nn.Module, metadata: dict[str, str]) -> None
         name: parameter.detach().float().cpu().contiguous()
         for name, parameter in adapter_parameters(model).items()
     }
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata=metadata)
-    temporary.replace(path)
+    write_atomically(path, save(state, metadata))
 
 
 def load_adapter(path: Path, model: nn.Module) -> dict[str, str]:

@@ -28,7 +28,8 @@ def exit_with_one_line() -> Iterator[None]:
 
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    wants_traceback = before == "1"
     # Hydra then raises what happened instead of printing and exiting itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -47,6 +48,10 @@ def exit_with_one_line() -> Iterator[None]:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def one_line(error: BaseException) -> str:

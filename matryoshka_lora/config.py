@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,8 +186,11 @@ def validate(config: Config) -> None:
     _choice("adapter.init", adapter.init, ("lora", "paper"))
     for key, dtype in (("adapter.dtype", adapter.dtype), ("model.dtype", config.model.dtype)):
         _choice(key, dtype, ("float32", "bfloat16"))
-    if not adapter.targets:
-        raise ValueError("adapter.targets is empty; name at least one layer, such as q_proj")
+    if not adapter.targets or len(set(adapter.targets)) < len(adapter.targets):
+        raise ValueError(
+            f"adapter.targets={adapter.targets} must name at least one layer, such as q_proj, "
+            "each once"
+        )
     _choice("method.draw", method.draw, ("step", "micro_batch", "sample"))
     _choice("method.normalise", method.normalise, ("sum", "mean"))
     if method.weights is not None:
@@ -195,7 +199,7 @@ def validate(config: Config) -> None:
                 f"method.weights has {len(method.weights)} values for the "
                 f"{len(config.train_ranks)} trained sub-ranks {config.train_ranks}"
             )
-        if min(method.weights) < 0 or sum(method.weights) <= 0:
+        if not all(0 <= w < math.inf for w in method.weights) or sum(method.weights) <= 0:
             raise ValueError(f"method.weights={method.weights} must be >= 0 with a positive sum")
     if method.frozen and method.draw != "step":
         raise ValueError("method.frozen=true needs one rank a step: set method.draw=step")
@@ -205,8 +209,10 @@ def validate(config: Config) -> None:
         _positive(f"trainer.{key}", getattr(trainer, key))
     for key in ("max_steps", "micro_batch"):
         _positive(f"trainer.{key}", getattr(trainer, key), optional=True)
-    if trainer.weight_decay < 0:
-        raise ValueError(f"trainer.weight_decay={trainer.weight_decay} must not be negative")
+    if not 0 <= trainer.weight_decay < math.inf:
+        raise ValueError(
+            f"trainer.weight_decay={trainer.weight_decay} must be 0 or a positive number"
+        )
     _positive("dataset.max_length", config.dataset.max_length)
     _positive("dataset.limit", config.dataset.limit, optional=True)
     if not 0 <= config.dataset.validation < 1:
@@ -214,6 +220,10 @@ def validate(config: Config) -> None:
     _choice("dataset.prompt", config.dataset.prompt, ("harness", "paper"))
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must not be negative")
+    if not config.eval.rules or len(set(config.eval.rules)) < len(config.eval.rules):
+        raise ValueError(f"eval.rules={config.eval.rules} must name at least one rule, each once")
+    if not config.eval_ranks:
+        raise ValueError("eval.ranks is empty; give at least one rank, or null for powers of 2")
     for rule in config.eval.rules:
         _choice("eval.rules", rule, ("prefix", "trained", "svd"))
     for rank in config.eval_ranks:
@@ -253,6 +263,8 @@ def run_hash(config: Config, model_identity: dict, data_fingerprint: str) -> str
     change it; micro_batch does where the method draws a rank for each.
     """
     method = dataclasses.asdict(config.method)
+    if config.method.name in ("lora", "matryoshka"):
+        method["weights"] = None
     if config.method.name != "dylora":
         method.pop("draw"), method.pop("frozen")
     if config.method.name != "matryoshka":

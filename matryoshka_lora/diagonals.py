@@ -4,8 +4,8 @@ An adapted layer computes `y = x W0^T + ((x A^T) * p) B^T`; a method is a choice
 the trained sub-ranks, `1[i<=r]` the prefix mask (i counts from 1) and `s_r` the scale of rank r:
 
     lora         p_i = s_R
-    prefix(r)    p_i = s_r * 1[i<=r]                      DyLoRA in training; any sub-rank at
-    inference matryoshka   p_i = sum of s_r over r in S with r>=i   Algorithm 1 of arXiv 2605.07850
+    prefix(r)    p_i = s_r * 1[i<=r]                  DyLoRA in training; any rank at inference
+    matryoshka   p_i = sum of s_r, r in S with r>=i   Algorithm 1 of arXiv 2605.07850
 
 Worked example, R=8, S={1,2,4,8}, scaling "none": matryoshka is 4 3 2 2 1 1 1 1.
 """

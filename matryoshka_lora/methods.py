@@ -34,10 +34,8 @@ class Method:
     """What shares one choice: an optimizer step, a micro-batch or a single sample."""
     frozen: bool = False
     """Update only the rows that the drawn rank has beyond the next smaller one."""
-
-    @property
-    def trains_prefixes(self) -> bool:
-        return len(self.ranks) > 1 or not torch.equal(self.diagonals[0], self.p_full)
+    trains_prefixes: bool = False
+    """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
 
     def choose(self, seed: int, step: int, samples: int, micro_batch: int | None) -> np.ndarray:
         """The choice of each sample of an effective batch: indices into diagonals, (samples,).
@@ -103,6 +101,7 @@ def _prefixes(config: Config, draw: str, frozen: bool = False) -> Method:
         weights=tuple(weights),
         draw=draw,
         frozen=frozen,
+        trains_prefixes=True,
     )
 
 

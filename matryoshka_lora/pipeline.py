@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import (
@@ -25,7 +26,7 @@ from matryoshka_lora.adapters import (
     use_factors,
 )
 from matryoshka_lora.attention import packed_attention
-from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash
+from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash, short_name
 from matryoshka_lora.data import (
     Example,
     Split,
@@ -42,9 +43,11 @@ from matryoshka_lora.evaluation.engine import Engine, Point
 from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
+from matryoshka_lora.files import write_atomically
 from matryoshka_lora.methods import adapter_spec_of, build_method
 from matryoshka_lora.models import (
     DTYPES,
+    EMBEDDED,
     decoder_layers,
     load_model,
     load_tokenizer,
@@ -56,7 +59,6 @@ from matryoshka_lora.records import (
     environment,
     merge_rows,
     read_record,
-    write_atomically,
     write_record,
 )
 from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
@@ -127,28 +129,38 @@ def run(config: Config) -> Record | None:
     shape = load_model(config.model, torch.device("meta"))
     add_adapters(shape, adapter_spec_of(config), config.adapter.targets)
     if dry:
-        dry_run(config, shape, examples)
+        if main:
+            dry_run(config, shape, examples)
         return None
     if config.force and main and folder.exists():
         shutil.rmtree(folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    record = _open_record(config, inputs, counts, accelerator)
+    embedded = tokenizer.name_or_path == str(EMBEDDED)
+    facts = counts | {"tokenizer": "embedded" if embedded else short_name(tokenizer.name_or_path)}
+    record = _open_record(config, inputs, facts, accelerator)
     tracker = make_tracker(config, inputs.run_hash, folder, main)
     try:
         model = build_adapted_model(config, accelerator)
         if not (folder / ADAPTER).is_file() or record.training is None:
             logger.info("training %s in %s", config.method.name, folder)
-            record.training = fit(
-                model,
-                examples,
-                build_method(config),
-                config,
-                folder,
-                accelerator,
-                on_step=tracker.step,
-            )
+            try:
+                record.training = fit(
+                    model,
+                    examples,
+                    build_method(config),
+                    config,
+                    folder,
+                    accelerator,
+                    on_step=tracker.step,
+                )
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"{str(error).splitlines()[0]} Lower trainer.max_tokens "
+                    f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
+                    "trainer.gradient_checkpointing=true"
+                ) from error
             if main:
                 save_adapter(folder / ADAPTER, model, _adapter_metadata(config, inputs))
                 record.status = "evaluating"
@@ -168,8 +180,8 @@ def run(config: Config) -> Record | None:
             record.status, record.error = "failed", f"{type(error).__name__}: {error}"
             try:
                 write_record(folder / RECORD, record)
-            except OSError as full:  # the disk may be what failed
-                logger.error("%s", full)
+            except (OSError, ValueError) as other:  # the disk, or the record, may be what failed
+                logger.error("%s", other)
         tracker.close(1)
         raise
     tracker.close(0)
@@ -187,7 +199,12 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
         raise ValueError(
             f"{folder} is not trained yet (status {record.status}); run train.py first"
         )
-    if model_identity(config.model) != record.model:
+    if config.model.path is None:
+        # What the hub's branch was when the run was trained.
+        config.model.revision = record.model["revision"] or config.model.revision
+    elif record.model["revision"] is not None:
+        logger.warning("taking %s for a copy of %s", config.model.path, record.model)
+    if record.model["revision"] is None and model_identity(config.model) != record.model:
         raise ValueError(
             f"the base model of {folder} is {record.model}, which model.name={config.model.name} "
             f"model.path={config.model.path} is not"
@@ -264,7 +281,7 @@ def load_own_and_harness_tasks(config: Config, accelerator: Accelerator) -> list
     tasks: list[EvalTask] = []
     for name, shots in config.tasks:
         data_path = None if config.eval.data_path is None else Path(config.eval.data_path)
-        if name in OWN_TASKS:
+        if name in OWN_TASKS and data_path is None:
             data_path = Path(config.output_dir) / "data" / OWN_TASKS[name]
             if accelerator.is_main_process:
                 _write_own_data(OWN_TASKS[name], data_path)
@@ -282,12 +299,12 @@ def _write_own_data(dataset: str, folder: Path) -> None:
 
 
 def make_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lockstep: bool
 ) -> Engine:
-    """The engine that `eval.engine` names."""
+    """The engine that `eval.engine` names. lockstep: the base is sharded over the processes."""
     if config.eval.engine == "hf":
         return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
-    return BatchedEngine(model, tokenizer)
+    return BatchedEngine(model, tokenizer, lockstep=lockstep)
 
 
 def evaluate(
@@ -302,6 +319,7 @@ def evaluate(
 ) -> None:
     """Add the rows of every point that is missing to `record`, saving it after each point."""
     main = accelerator.is_main_process
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     plan = plan_points(
         adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
@@ -331,11 +349,11 @@ def evaluate(
             tokenizer,
             tasks,
             plan,
-            make_engine(config, model, tokenizer),
+            make_engine(config, model, tokenizer, sharded),
             folder / "samples",
             identity=record.run_hash,
             processes=accelerator,
-            lockstep=accelerator.distributed_type == DistributedType.FSDP,
+            lockstep=sharded,
             on_point=on_point,
         )
         if main:
@@ -425,12 +443,14 @@ def dry_run(config: Config, model: PreTrainedModel, examples: Sequence[Example])
 def _wanted(config: Config) -> list[str]:
     """A name for every point that the config asks for."""
     tasks = [f"{name}:{shots} limit={config.eval.limit}" for name, shots in config.tasks]
+    if config.dataset.validation:
+        tasks.append("validation")
     readings = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
     return [f"{task} {reading}" for task in tasks for reading in readings]
 
 
 def _open_record(
-    config: Config, inputs: Inputs, counts: dict[str, int], accelerator: Accelerator
+    config: Config, inputs: Inputs, data: dict[str, Any], accelerator: Accelerator
 ) -> Record:
     """The run's record so far, or a new one, saved on the main process."""
     path = inputs.folder / RECORD
@@ -444,7 +464,7 @@ def _open_record(
         versions=facts["versions"],
         device=facts["device"] | {"processes": accelerator.num_processes},
         model=inputs.model,
-        data=inputs.data | counts,
+        data=inputs.data | data,
     )
     if path.exists():
         old = read_record(path)
@@ -454,6 +474,8 @@ def _open_record(
         fresh = old
     if accelerator.is_main_process:
         write_record(path, fresh)
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        write_atomically(inputs.folder / "config.yaml", text.encode())
     accelerator.wait_for_everyone()
     return fresh
 
@@ -475,7 +497,8 @@ def _show(record: Record, folder: Path) -> Path | None:
     """Print the rank-accuracy table, write table and plot beside the record, name the files."""
     tables = run_tables(record)
     print(f"\n{format_run_table(record)}\n")
-    paths = [folder / RECORD, folder / ADAPTER]
+    names = (RECORD, ADAPTER, "config.yaml", "train.jsonl", "samples")
+    paths = [folder / name for name in names if (folder / name).exists()]
     if not tables:
         return None
     paths += write_tables(tables, folder / "table", title=record.name)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypedDict
 
+from matryoshka_lora.files import write_atomically
+
 SCHEMA = 1
 RULES = ("base", "prefix", "trained", "svd")
 Status = Literal["training", "evaluating", "finished", "failed"]
@@ -182,36 +184,6 @@ def read_record(path: str | Path) -> Record:
 def find_records(folder: str | Path, pattern: str = "record.json") -> list[Path]:
     """Paths below `folder` whose file name matches, sorted; none if the folder does not exist."""
     return sorted(path for path in Path(folder).rglob(pattern) if path.is_file())
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data` so that no reader ever sees half of it; makes missing folders.
-
-    The temporary file lies in the same folder, because a rename is atomic only within one file
-    system. On an OSError (a full disk) the old file is untouched and the temporary one removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt, too, must not leave the temporary file
-            # With a file in the folder's place there is nothing to remove.
-            if temporary.parent.is_dir():
-                temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"cannot write {path} ({reason}); an older version of this "
-            "file, if there was one, is unchanged",
-        ) from error
 
 
 class Environment(TypedDict):

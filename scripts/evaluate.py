@@ -33,13 +33,15 @@ def main(arguments: list[str]) -> None:
             raise ValueError(
                 f"{key} is the run's own; only eval, eval.* and model.path may be given"
             )
-    record = read_record(Path(folder) / RECORD)
+    if not (path := Path(folder) / RECORD).is_file():
+        raise ValueError(f"run={folder} holds no {RECORD}, so it is no folder of a run")
+    record = read_record(path)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         chosen = compose("train", [a for a in arguments if not a.startswith("run=")])
     node = OmegaConf.create(record.config)
-    node.eval = chosen.eval
-    if "model.path" in given:
-        node.model.path = chosen.model.path
+    for key in sorted(given):  # the group first
+        # A group replaces the run's own evaluation, a single key only itself.
+        OmegaConf.update(node, key, OmegaConf.select(chosen, key), merge=False)
     evaluate_run(Path(folder), build_config(node))
 
 

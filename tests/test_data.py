@@ -109,6 +109,17 @@ def test_local_copies_in_every_format(tmp_path, suffix):
     assert load_records(gsm8k(path=str(tmp_path), limit=3)) == RECORDS[:3]
 
 
+def test_separators_inside_strings_and_nulls_are_kept(tmp_path):
+    record = {"instruction": "a\u2028b", "input": None, "output": "c\u0085d"}
+    write(tmp_path, "train.jsonl", json.dumps(record, ensure_ascii=False))
+    config = DatasetConfig(name="platypus", path=str(tmp_path))
+    assert load_records(config) == [record]
+    pandas.DataFrame([record]).to_parquet(tmp_path / "other.parquet")
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "other.parquet").rename(tmp_path / "train.parquet")
+    assert load_records(config) == [record]
+
+
 def test_fingerprint_follows_the_text_that_is_trained_on():
     first = fingerprint(RECORDS, gsm8k())
     assert first == fingerprint([record | {"note": 1} for record in RECORDS], gsm8k())
@@ -133,13 +144,13 @@ GOOD = json.dumps(RECORDS[0])
     [
         ({}, r"holds no train\{.jsonl"),
         ({"train.jsonl": ""}, "holds no records"),
-        ({"train.jsonl": f"{GOOD}\n{{oops\n"}, "line 2 is not JSON"),
-        ({"train.jsonl": f"{GOOD}\n[1]\n"}, "record 2 is not a JSON object"),
+        ({"train.jsonl": f"{GOOD}\n{{oops\n"}, "is not JSON at line 2"),
+        ({"train.jsonl": f"{GOOD}\n[1]\n"}, "line 2: expected an object"),
         ({"train.jsonl": f'{GOOD}\n{{"question": "x"}}\n'}, "record 2: field 'answer' is missing"),
         ({"train.jsonl": '{"question": "x", "answer": 3}'}, "field 'answer' is missing, empty or"),
-        ({"train.json": '{"a": 1}'}, "not a JSON list"),
+        ({"train.json": '{"a": 1}'}, "expected a list"),
         ({"train.json": "oops"}, "is not JSON"),
-        ({"train.parquet": "oops"}, "is not Parquet"),
+        ({"train.parquet": "oops"}, "is not a Parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, files, message):

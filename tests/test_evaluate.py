@@ -1,5 +1,6 @@
 """scripts/evaluate.py adds rows to a finished run."""
 
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ def evaluate(*arguments):
         [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments],
         capture_output=True,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
@@ -61,7 +63,7 @@ def test_rows_are_added_never_lost_or_doubled(trained, tmp_path):
         (["run={run}", "adapter.rank=8"], "adapter.rank is the run's own"),
         (["run={run}", "eval=gsm9k"], "did you mean gsm8k"),
         (["run={run}", "eval.ranks=[64]"], "rank 64 is above"),
-        (["run=/nowhere", "eval=gsm8k"], "/nowhere"),
+        (["run=/nowhere", "eval=gsm8k"], "run=/nowhere holds no record.json"),
     ],
 )
 def test_mistakes_give_one_line(trained, arguments, message):

@@ -1,6 +1,7 @@
 """Two processes, started as a user would, equal one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from matryoshka_lora.adapters import at_rank
 from matryoshka_lora.methods import build_method
+from matryoshka_lora.evaluation.batched import BatchedEngine
+from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.evaluation.sweep import plan_points, run_sweep
+from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.pipeline import shard_base
 from matryoshka_lora.training import fit
+import tiny_lm
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -105,6 +111,34 @@ whole, logits = trained(folder / "whole", False)
 shards, sharded_logits = trained(folder / "sharded", True)
 assert ((whole - shards).norm() / whole.norm()) < 1e-5
 torch.testing.assert_close(sharded_logits, logits, rtol=1e-4, atol=1e-5)
+
+data = Path(sys.argv[2]) / "data"
+if accelerator.is_main_process:
+    tiny_lm.write_data(data)
+accelerator.wait_for_everyone()
+found = {}
+for kind in ("whole", "batched", "hf"):
+    tasks = load_tasks([("gsm8k", 2), ("arc_challenge", 3)], data_path=data, limit=3)
+    model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
+    if kind != "whole":
+        shard_base(model, torch.device("cpu"))
+    lockstep = kind != "whole"
+    if kind == "hf":
+        engine = HFEngine(model, tokenizer, 4)
+    else:
+        engine = BatchedEngine(model, tokenizer, lockstep=lockstep)
+    plan = plan_points(tiny_lm.spec(), [2, 4], ["prefix", "svd"], [1, 2, 4])
+    rows = run_sweep(
+        model, tokenizer, tasks, plan, engine, Path(sys.argv[2]) / kind,
+        processes=accelerator, lockstep=lockstep,
+    )
+    found[kind] = {row.key: row.value for row in rows}
+if accelerator.is_main_process:
+    assert len(found["whole"]) > 20
+    for kind in ("batched", "hf"):
+        assert found[kind].keys() == found["whole"].keys()
+        for key, value in found["whole"].items():
+            assert abs(found[kind][key] - value) <= 1e-4 * max(1, abs(value)), (kind, key)
 print("equal")
 """
 
@@ -122,6 +156,7 @@ def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from matryoshka_lora import records
+from matryoshka_lora.files import write_atomically
 from matryoshka_lora.records import (
     Record,
     Row,
@@ -16,7 +17,6 @@ from matryoshka_lora.records import (
     find_records,
     merge_rows,
     read_record,
-    write_atomically,
     write_record,
 )
 

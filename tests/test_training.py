@@ -1,6 +1,7 @@
 """The loop: cutting a batch, packing it, resuming and freezing do not change the mathematics."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config
 from matryoshka_lora.data import Example
 from matryoshka_lora.methods import adapter_spec_of, build_method
-from matryoshka_lora.training import batch_loss, fit
+from matryoshka_lora.training import batch_loss, fit, loop
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
 
@@ -121,6 +122,24 @@ def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
     assert relative(grads, expected) < grad_bound
 
 
+def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        loop,
+        "_update",
+        lambda optimizer, parameters, live: seen.append(
+            torch.cat([p.grad.flatten().clone() for p in parameters])
+        ),
+    )
+    for index, options in enumerate(
+        [{}, {"micro_batch": 1}, {"micro_batch": 2}, {"micro_batch": 4, "packed": False}]
+    ):
+        config = make_config("nested_dropout", max_steps=1, clip_norm=1e9, **options)
+        train(tmp_path / str(index), config, make_model(config, torch.float64, fill_B=True))
+    for grads in seen[1:]:
+        assert relative(grads, seen[0]) < 1e-9
+
+
 @pytest.mark.parametrize("method", ["lora", "dylora", "nested_dropout"])
 def test_training_does_not_depend_on_how_the_batch_is_cut(tmp_path, method):
     results = {}
@@ -209,6 +228,28 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkey
     assert summary["steps"] == 9
 
 
+def test_a_process_that_dies_at_once_can_be_resumed(tmp_path):
+    """Nothing that a checkpoint stands on may wait in a buffer when the process is killed."""
+    config = make_config(max_steps=9, save_every=3)
+    reference, rows, _ = train(tmp_path / "whole", config)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    child = os.fork()
+    if child == 0:
+        method, accelerator = build_method(config), Accelerator(cpu=True)
+        die = lambda row: os._exit(9) if row["step"] == 4 else None  # noqa: E731
+        fit(make_model(config), make_examples(), method, config, folder, accelerator, die)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # half a line, as a full disk or a kill leaves it
+    resumed, resumed_rows, _ = train(folder, config)
+    assert torch.equal(factors(resumed), factors(reference))
+    assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
+    (folder / "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has 0 rows, its checkpoint is of step 6"):
+        train(folder, config)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     config = make_config(max_steps=9, save_every=2)
     reference, _, _ = train(tmp_path / "whole", config)
@@ -252,26 +293,45 @@ def test_updates_equal_torchs_adamw_and_clipping(tmp_path):
     assert relative(factors(ours), factors(model)) < 1e-4
 
 
-def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path):
-    config = make_config("dylora", max_steps=1)
+def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path, monkeypatch):
+    """Values and moments of the other rows stay, though AdamW would decay and carry them on."""
+    config = make_config("dylora", max_steps=12, weight_decay=0.5)
     config.method.frozen = True
     method = build_method(config)
-    for seed in range(8):  # several drawn ranks
-        config.seed = seed
-        model = make_model(config, fill_B=True)
-        before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
-        train(tmp_path / str(seed), config, model)
-        rank = method.ranks[method.choose(seed, 0, 8, None)[0]]
-        previous = max((r for r in method.ranks if r < rank), default=0)
-        for name, parameter in adapter_parameters(model).items():
-            moved = (parameter != before[name]).any(1 if name.endswith("A") else 0)
-            assert not moved[:previous].any() and not moved[rank:].any()
-            assert moved[previous:rank].any()
+    update, seen = loop._update, []
+
+    def state_of(optimizer, parameters):
+        empty = {"exp_avg": torch.tensor(0.0), "exp_avg_sq": torch.tensor(0.0)}
+        return [
+            [p.detach().clone()]
+            + [(optimizer.state[p] or empty)[k].expand_as(p).clone() for k in empty]
+            for p in parameters
+        ]
+
+    def checked(optimizer, parameters, live):
+        before = state_of(optimizer, parameters)
+        update(optimizer, parameters, live)
+        seen.append(live)
+        for index, (old, new) in enumerate(
+            zip(before, state_of(optimizer, parameters), strict=True)
+        ):
+            for earlier, later in zip(old, new, strict=True):
+                moved = (earlier != later).any(1 - index % 2)
+                assert not moved[: live[0]].any() and not moved[live[1] :].any()
+                if len(seen) > 1:  # in the first step B is zero, so that A has no gradient
+                    assert moved[live[0] : live[1]].any()
+
+    monkeypatch.setattr(loop, "_update", checked)
+    train(tmp_path, config, make_model(config, fill_B=True))
+    expected = [method.choose(config.seed, step, 8, None)[0] for step in range(12)]
+    ranks = (0, *method.ranks)
+    assert seen == [(ranks[chosen], ranks[chosen + 1]) for chosen in expected]
+    assert len(set(seen)) > 1
 
 
 def test_a_non_finite_loss_names_step_and_samples(tmp_path):
     config = make_config(lr=1e30)
-    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*samples of the step: \["):
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*counted from 1: \["):
         train(tmp_path, config)
 
 
@@ -325,6 +385,8 @@ def test_cuts_cover_the_batch_once(processes, micro_batch):
     for forward in forwards:
         assert len(forward) <= (micro_batch or 17)
         assert micro_batch or sum(lengths[i] for i in forward) <= 50
+    for forward in cut(lengths, 0, 1, None, 50, padded=True):
+        assert len(forward) == 1 or len(forward) * max(lengths[i] for i in forward) <= 50
 
 
 @pytest.mark.parametrize(

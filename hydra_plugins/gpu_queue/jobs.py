@@ -194,12 +194,14 @@ def _start(job: Job, slot: Slot, script: Path, output: object) -> "subprocess.Po
     if slot.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={slot.processes}"]
+    # `exit_with_one_line` sets it for this process; a job decides for itself.
+    inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     return subprocess.Popen(
         [*command, str(script), *job.overrides],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if output is None else output,  # type: ignore[call-overload]
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **slot.environment},
+        env={**inherited, "PYTHONUNBUFFERED": "1", **slot.environment},
     )
 
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from matryoshka_lora.config import DatasetConfig, nearest
 from matryoshka_lora.data import arithmetic
 from matryoshka_lora.data.prompts import PROMPTS
+from matryoshka_lora.files import SUFFIXES, read_rows
 
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 Split = Literal["train", "test"]
-SUFFIXES = (".jsonl", ".json", ".parquet")
 # The split is part of the protocol, not of a run: every run holds out the same records.
 VALIDATION_SEED = 0
 
@@ -32,6 +32,8 @@ class Example:
 
     tokens: tuple[int, ...]
     prompt_length: int
+    record: int = 0
+    """Number of the training record it was made from, counted from 1."""
 
     @property
     def labels(self) -> int:
@@ -106,35 +108,11 @@ def find_split(folder: Path, split: str) -> Path:
 
 def read_file(path: Path) -> list[Record]:
     """The records of a JSONL, JSON (a list) or Parquet file. Raises ValueError naming the line."""
-    if path.suffix == ".parquet":
-        import pandas
-
-        try:
-            return pandas.read_parquet(path).to_dict("records")  # type: ignore[return-value]
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is not Parquet: {error}") from None
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            records = json.loads(text)
-            if not isinstance(records, list):
-                raise ValueError(f"{path} is not a JSON list of records")
-        else:
-            records = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    try:
-                        records.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, record {number} is not a JSON object: {record!r:.80}")
-    return records
+    rows = read_rows(path)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {where}: expected an object, got {str(row)[:60]!r}")
+    return [row for _, row in rows]
 
 
 def _read_hub(config: DatasetConfig, split: str) -> list[Record]:
@@ -172,6 +150,11 @@ def texts(records: Sequence[Record], config: DatasetConfig) -> list[tuple[str, s
     return [PROMPTS[config.name].function(record, config.prompt) for record in records]
 
 
+def joint(config: DatasetConfig) -> bool:
+    """Whether prompt and answer are tokenised together, as the harness does."""
+    return PROMPTS[config.name].joint and config.prompt == "harness"
+
+
 def fingerprint(records: Sequence[Record], config: DatasetConfig) -> str:
     """sha256 over the texts of the records, in order."""
     content = "\n".join(json.dumps(pair) for pair in texts(records, config))
@@ -191,17 +174,18 @@ def tokenize(
     if eos is None:
         raise ValueError("the tokenizer has no end-of-text token, which ends every answer")
     pairs = texts(records, config)
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    whole = tokenizer([prompt + answer for prompt, answer in pairs])["input_ids"]
-    apart = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    # Not verbose: what is longer than the window is counted below.
+    prompts = tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
+    whole = tokenizer([prompt + answer for prompt, answer in pairs], verbose=False)["input_ids"]
+    apart = tokenizer([a for _, a in pairs], add_special_tokens=False, verbose=False)["input_ids"]
     examples, truncated, masked = [], 0, 0
-    for (_, answer), prompt_ids, whole_ids, answer_ids in zip(
-        pairs, prompts, whole, apart, strict=True
+    together = joint(config)
+    for number, (prompt_ids, whole_ids, answer_ids) in enumerate(
+        zip(prompts, whole, apart, strict=True), 1
     ):
-        together = answer.startswith(" ")
         tokens = (*(whole_ids if together else (*prompt_ids, *answer_ids)), eos)
         truncated += len(tokens) > config.max_length
-        example = Example(tokens[: config.max_length], len(prompt_ids))
+        example = Example(tokens[: config.max_length], len(prompt_ids), number)
         if example.labels > 0:
             examples.append(example)
         else:

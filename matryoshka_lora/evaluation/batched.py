@@ -74,6 +74,10 @@ class BatchedEngine:
     max_rows: answers decoded at once; max_tokens: tokens prefilled at once. By default both follow
     from the device and its free memory. Where memory runs out all the same, both are halved for
     good, the rows in flight start again, and the log says so.
+
+    lockstep: the base is sharded over processes that all answer the same jobs, so all must run the
+    same forwards: they decode as many rows as the one with the least memory can, and running out of
+    memory is an error.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class BatchedEngine:
         *,
         max_rows: int | None = None,
         max_tokens: int | None = None,
+        lockstep: bool = False,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
@@ -92,6 +97,7 @@ class BatchedEngine:
         self.model = model
         self.max_rows = max_rows or limits[0]
         self.max_tokens = max_tokens or limits[1]
+        self.lockstep = lockstep
         self.stops = StopStrings(tokenizer)
 
     def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
@@ -112,6 +118,11 @@ class BatchedEngine:
                     logger.debug("out of memory", exc_info=error)
                 # Outside the handler, where the failed call's tensors are gone.
                 if answers is None:
+                    if self.lockstep:
+                        raise ValueError(
+                            "out of memory, which sharded processes cannot recover from one by "
+                            "one; use eval.engine=hf with a small eval.batch_size, or fewer shots"
+                        )
                     batch.halve()
                 else:
                     yield from answers
@@ -520,7 +531,12 @@ class Batch:
         asked = [self.requests[g.generate] for g in self.waiting if g.generate is not None]
         size = max(len(request.context) + request.max_new_tokens - 1 for request in asked)
         a_row = size * sum(shape.bytes for shape in self.shapes)
-        rows = min(self.engine.max_rows, len(asked), max(self._free_bytes() // a_row, 1))
+        fit = max(self._free_bytes() // a_row, 1)
+        if self.engine.lockstep:
+            least = torch.tensor(fit, device=self.device)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            fit = int(least)
+        rows = min(self.engine.max_rows, len(asked), fit)
         logger.info(
             "decoding up to %d rows of %d tokens at a time (%.2f GiB of keys and values)",
             *(rows, size, rows * a_row / 2**30),

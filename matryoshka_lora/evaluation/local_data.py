@@ -1,15 +1,13 @@
 """Local copies of the data of evaluation tasks, checked as they are read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.utils
-import pyarrow.parquet
 from jinja2 import meta
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+from matryoshka_lora.files import SUFFIXES, read_rows
 
 
 def read_splits(
@@ -84,7 +82,7 @@ def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.D
         raise ValueError(
             f"{folder} has no {split}{{{','.join(SUFFIXES)}}}; it holds {', '.join(found)}"
         )
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path} is empty")
     for where, row in rows:
@@ -102,32 +100,3 @@ def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.D
         return datasets.Dataset.from_list([row for _, row in rows])
     except (ValueError, TypeError) as error:  # pyarrow's errors are these
         raise ValueError(f"{path}: the rows' fields differ in type: {error}") from error
-
-
-def _read_rows(path: Path) -> list[tuple[str, Any]]:
-    """(where it stands, row) for each row of a JSONL, JSON or Parquet file."""
-    if path.suffix == ".parquet":
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a Parquet file: {error}") from error
-        return [(f"row {n}", row) for n, row in enumerate(table.to_pylist(), 1)]
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            content = json.loads(text)
-            if not isinstance(content, list):
-                raise ValueError(f"{path}: expected a list of objects")
-            return [(f"entry {n}", row) for n, row in enumerate(content, 1)]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON at line {error.lineno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not JSON at line {number}: {error.msg}") from error
-    return rows

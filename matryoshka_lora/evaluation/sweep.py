@@ -158,7 +158,8 @@ def run_sweep(
                     # Closed before the factors go back: an engine may hold parts of the model.
                     with closing(_answer(task, lacking, engine, processes, lockstep)) as complete:
                         if not main:
-                            assert next(complete, None) is None  # works through all of it
+                            extra = next(complete, None)  # works through all of it
+                            assert extra is None
                             continue
                         with stores[index].appending() as append:
                             for point, doc_id, outputs in complete:

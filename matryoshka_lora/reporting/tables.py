@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from matryoshka_lora.files import write_atomically
 from matryoshka_lora.metrics import AXES, Axis
-from matryoshka_lora.records import Record, write_atomically
+from matryoshka_lora.records import Record
 from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, run_tables
 
 _SHARED = ("model", "dataset", "R", "scaling")

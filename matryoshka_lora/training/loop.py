@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from matryoshka_lora.adapters import adapter_parameters, set_diagonal
 from matryoshka_lora.attention import packed_attention, packed_inputs
 from matryoshka_lora.config import Config, TrainerConfig
 from matryoshka_lora.data import Example, pack
+from matryoshka_lora.files import write_atomically
 from matryoshka_lora.methods import Method
 from matryoshka_lora.models import decoder_layers
-from matryoshka_lora.records import write_atomically
 from matryoshka_lora.training.checkpoints import load_checkpoint, save_checkpoint
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
@@ -39,7 +41,7 @@ def batch_loss(
     diagonals: Tensor,
     *,
     packed: bool = True,
-    max_tokens: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
 
@@ -55,7 +57,7 @@ def batch_loss(
         if diagonals.dim() == 2:
             diagonals = diagonals.repeat_interleave(lengths.to(diagonals.device), 0)[None]
         set_diagonal(model, diagonals)
-        inputs = packed_inputs(batch.lengths, device, max_length=max_tokens)
+        inputs = packed_inputs(batch.lengths, device, max_length)
         rows = batch.label_rows.to(device)
         logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows, **inputs).logits[0]
     else:
@@ -136,7 +138,11 @@ def fit(
                 same = bool((choice == choice[0]).all())
                 p = bank[part[0]] if same else bank[torch.from_numpy(part).to(device)]
                 part_loss = batch_loss(
-                    model, [batch[i] for i in forward], p, packed=settings.packed
+                    model,
+                    [batch[i] for i in forward],
+                    p,
+                    packed=settings.packed,
+                    max_length=config.dataset.max_length,
                 )
                 part_loss = part_loss * (weight / label_tokens)
                 part_loss.backward()
@@ -153,7 +159,7 @@ def fit(
             optimizer.zero_grad()
             log.add(
                 step,
-                ids,
+                [example.record for example in batch],
                 {
                     "loss": loss,
                     "grad_norm": norm,
@@ -169,7 +175,7 @@ def fit(
             )
             done = step + 1
             if done % settings.save_every == 0 and done < steps:
-                log.flush()
+                log.sync()
                 if accelerator.is_main_process:
                     state = {
                         "step": done,
@@ -182,6 +188,9 @@ def fit(
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
+    if settings.compile:
+        for layer in decoder_layers(model):
+            layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return log.summary(peak)
 
@@ -196,7 +205,14 @@ def _forwards(
     """
     lengths = [len(example.tokens) for example in batch]
     cuts = [
-        cut(lengths, process, accelerator.num_processes, settings.micro_batch, settings.max_tokens)
+        cut(
+            lengths,
+            process,
+            accelerator.num_processes,
+            settings.micro_batch,
+            settings.max_tokens,
+            padded=not settings.packed,
+        )
         for process in range(accelerator.num_processes)
     ]
     mine = cuts[accelerator.process_index]
@@ -303,40 +319,50 @@ class _StepLog:
             on_step,
         )
         self.rows: list[dict[str, Any]] = []
-        self.pending: tuple[int, np.ndarray, dict[str, Tensor], dict[str, Any]] | None = None
+        self.pending: tuple[int, list[int], dict[str, Tensor], dict[str, Any]] | None = None
         self.shown = time.monotonic()
         self.file: Any = None
 
     def start(self, first: int) -> None:
         """Keep the rows of the steps before `first`, as a checkpoint may be older than the log."""
         if self.path.is_file():
-            for line in self.path.read_text().splitlines()[:first]:
-                self.rows.append(json.loads(line))
-        assert len(self.rows) == first or not self.writes, (
-            "train.jsonl is shorter than its checkpoint"
-        )
+            # A kill may leave half a line behind those that the checkpoint stands on.
+            lines = self.path.read_text().split("\n")[:-1]
+            self.rows = [json.loads(line) for line in lines[:first]]
+        if len(self.rows) < first and self.writes:
+            raise ValueError(
+                f"{self.path} has {len(self.rows)} rows, its checkpoint is of step {first}; "
+                "restore the file, or set force=true to train again"
+            )
         if self.writes:
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_atomically(self.path, text.encode())
             self.file = self.path.open("a")
 
     def add(
-        self, step: int, ids: np.ndarray, tensors: dict[str, Tensor], row: dict[str, Any]
+        self, step: int, records: list[int], tensors: dict[str, Tensor], row: dict[str, Any]
     ) -> None:
         self.flush()
-        self.pending = (step, ids, tensors, row)
+        self.pending = (step, records, tensors, row)
+
+    def sync(self) -> None:
+        """`flush`, and have all rows on the disk, so that no checkpoint is ahead of them."""
+        self.flush()
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def flush(self) -> None:
         """Read the values of the last step, write its row, show progress."""
         if self.pending is None:
             return
-        step, ids, tensors, row = self.pending
+        step, records, tensors, row = self.pending
         self.pending = None
         values: dict[str, Any] = {name: tensor.tolist() for name, tensor in tensors.items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise FloatingPointError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; samples "
-                f"of the step: {ids.tolist()}. Lower trainer.lr, or look at these samples"
+                f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
+                f"training records of the step, counted from 1: {records}. Lower trainer.lr, or "
+                "look at these records"
             )
         before = self.rows[-1]["seconds"] if self.rows else 0.0
         row["tokens_per_second"] = row["tokens"] / max(row["seconds"] - before, 1e-9)
@@ -344,10 +370,10 @@ class _StepLog:
         if not self.writes:
             return
         self.file.write(json.dumps(self.rows[-1]) + "\n")
+        self.file.flush()
         self.on_step(self.rows[-1])
         if time.monotonic() - self.shown > PROGRESS_EVERY or step + 1 in (1, self.steps):
             self.shown = time.monotonic()
-            self.file.flush()
             window = self.rows[-50:]
             span = window[-1]["seconds"] - (self.rows[-51]["seconds"] if step >= 50 else 0.0)
             speed = sum(row["tokens"] for row in window) / span
@@ -358,7 +384,7 @@ class _StepLog:
                 self.steps,
                 values["loss"],
                 speed,
-                time.strftime("%M:%S", time.gmtime(rate * (self.steps - step - 1))),
+                timedelta(seconds=round(rate * (self.steps - step - 1))),
             )
 
     def __enter__(self) -> None:

@@ -32,25 +32,24 @@ def cut(
     processes: int,
     micro_batch: int | None,
     max_tokens: int,
+    padded: bool = False,
 ) -> list[list[int]]:
     """The forwards of one process: lists of positions in the effective batch.
 
     lengths: tokens of each sample of the effective batch. Without `micro_batch` a forward takes
-    samples in order up to `max_tokens` tokens, at least one.
+    samples in order up to `max_tokens` tokens, at least one; padded ones count as their longest.
     """
     mine = np.array_split(np.arange(len(lengths)), processes)[process].tolist()
     forwards: list[list[int]] = []
-    tokens = 0
     for position in mine:
         if micro_batch is None:
-            full = tokens + lengths[position] > max_tokens
+            taken = [lengths[i] for i in (*(forwards[-1] if forwards else ()), position)]
+            full = (len(taken) * max(taken) if padded else sum(taken)) > max_tokens
         else:
             full = bool(forwards) and len(forwards[-1]) == micro_batch
         if full or not forwards:
             forwards.append([])
-            tokens = 0
         forwards[-1].append(position)
-        tokens += lengths[position]
     return forwards
 
 
