@@ -18,17 +18,21 @@ METHOD_LABELS = {
 
 # Two runs that differ in these sections of the config are never pooled as seeds of one row, ...
 _VARIANT_SECTIONS = ("model", "dataset", "method", "adapter", "trainer")
-# ... except for what has a column of its own, or changes how a run is computed but not its result.
+# ... except for what has a column of its own, or changes how a run is computed but not its result
+# (as in config.run_hash).
 _NOT_A_VARIANT = {
     "model.name",
     "model.path",
+    "model.trust_remote_code",
     "dataset.name",
     "dataset.path",
+    "dataset.revision",
     "method.name",
     "adapter.rank",
     "adapter.scaling",
     "trainer.lr",
     "trainer.max_tokens",
+    "trainer.packed",
     "trainer.save_every",
     "trainer.gradient_checkpointing",
     "trainer.compile",
