@@ -1,0 +1,42 @@
+"""The README and the committed tables say what the committed records say."""
+
+import re
+
+from conftest import ROOT
+
+from matryoshka_lora.records import find_records, read_record
+from matryoshka_lora.reporting import format_run_table, rank_tables, write_tables
+
+README = (ROOT / "README.md").read_text()
+RECORDS = [
+    read_record(path) for path in find_records(ROOT / "results/records/table2-tiny", "*.json")
+]
+
+
+def test_the_committed_tables_follow_from_the_committed_records(tmp_path):
+    paths = write_tables(rank_tables(RECORDS), tmp_path / "table2-tiny", title="table2-tiny")
+    for path in paths:
+        assert path.read_bytes() == (ROOT / "results" / "tables" / path.name).read_bytes()
+
+
+def test_the_readmes_table_is_the_committed_one():
+    rows = [line for line in README.splitlines() if line.startswith("| ") and "±" in line]
+    committed = (ROOT / "results/tables/table2-tiny.md").read_text().splitlines()
+    assert len(rows) == 13 and set(rows) <= set(committed)
+
+
+def test_the_readmes_quickstart_output_is_a_committed_run():
+    (record,) = (
+        record
+        for record in RECORDS
+        if (record.config["method"]["name"], record.config["seed"]) == ("matryoshka", 42)
+    )
+    blocks = format_run_table(record).split("\n\n")
+    assert blocks[0] in README and blocks[2] in README and record.run_hash in README
+
+
+def test_every_file_that_the_readme_names_is_there():
+    names = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(names) > 8
+    for name in names:
+        assert (ROOT / name).exists(), name
