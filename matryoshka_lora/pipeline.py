@@ -105,7 +105,9 @@ def finished_record(config: Config, inputs: Inputs) -> Record | None:
         return None
     record = read_record(path)
     done = set((record.evaluation or {}).get("finished", ()))
-    return record if record.status == "finished" and done.issuperset(_wanted(config)) else None
+    return (
+        record if record.status == "finished" and done.issuperset(wanted_points(config)) else None
+    )
 
 
 def run(config: Config) -> Record | None:
@@ -362,7 +364,7 @@ def evaluate(
                 f"{task.name}:{task.shots}": task.truncated for task in tasks
             }
     facts["engine"] = config.eval.engine
-    facts["finished"] = sorted({*facts["finished"], *_wanted(config)})
+    facts["finished"] = sorted({*facts["finished"], *wanted_points(config)})
     facts["seconds"] = spent + time.monotonic() - began
 
 
@@ -440,7 +442,7 @@ def dry_run(config: Config, model: PreTrainedModel, examples: Sequence[Example])
     print(f"memory, sum: {sum(gib.values()) / 2**30:.2f} GiB")
 
 
-def _wanted(config: Config) -> list[str]:
+def wanted_points(config: Config) -> list[str]:
     """A name for every point that the config asks for."""
     tasks = [f"{name}:{shots} limit={config.eval.limit}" for name, shots in config.tasks]
     if config.dataset.validation:

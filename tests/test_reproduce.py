@@ -15,7 +15,7 @@ from test_launcher import environment, write_fake_slurm
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line
 from matryoshka_lora.config import build_config
-from matryoshka_lora.pipeline import prepare
+from matryoshka_lora.pipeline import prepare, wanted_points
 from matryoshka_lora.records import Record, Row, find_records, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,6 @@ def trained(monkeypatch, reproduce):
         if config.eval.tasks:
             value = config.seed / 1e4
             rows = [dataclasses.replace(r, task="t", metric="acc", value=value) for r in rows]
-        wanted = [f"{t}:{s} limit={config.eval.limit}" for t, s in config.tasks]
-        points = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
         record = Record(
             status="failed" if errors else "finished",
             name=str(inputs.folder.relative_to(Path(config.output_dir) / "runs")),
@@ -79,7 +77,7 @@ def trained(monkeypatch, reproduce):
             model=inputs.model,
             data=inputs.data,
             training={"seconds": 60.0, "steps": 3},
-            evaluation={"seconds": 30.0, "finished": [f"{t} {p}" for t in wanted for p in points]},
+            evaluation={"seconds": 30.0, "finished": wanted_points(config)},
             error=errors[0] if errors else None,
             rows=[] if errors else rows,
         )
