@@ -92,12 +92,15 @@ class AdapterLinear(nn.Linear):
         device, rank = base.weight.device, p.numel()
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
-        # Not in the state dict: the diagonal belongs to the method, not to what was learnt.
-        self.register_buffer("p", p, persistent=False)
+        # Not in the state dict: it belongs to the method, not to what was learnt. And no buffer at
+        # all, because compiled layers take a buffer's shape, here the number of tokens, for fixed.
+        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.lora_A.to(x.dtype)) * self.p.to(x.dtype)
-        return F.linear(x, self.weight, self.bias) + F.linear(h, self.lora_B.to(x.dtype))
+        h = F.linear(x, self.lora_A.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + F.linear(
+            h * self.p.to(h), self.lora_B.to(x.dtype)
+        )
 
 
 def init_bound(init: str, in_features: int, rank: int) -> float:

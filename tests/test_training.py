@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TARGETS, small_llama
+from transformers import AttentionInterface
 
 from matryoshka_lora.adapters import adapter_layers, adapter_parameters, add_adapters
 from matryoshka_lora.attention import packed_attention
@@ -360,6 +361,36 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     reference, _, _ = train(tmp_path / "plain", make_config())
     ours, _, _ = train(tmp_path / "saved", make_config(gradient_checkpointing=True))
     assert torch.equal(factors(ours), factors(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+def test_compiled_layers_train_the_same_and_compile_once(tmp_path, method, monkeypatch):
+    """On CPUs the packed attention cannot be traced; a stand-in shows what compiles again."""
+    counters = torch._dynamo.utils.counters
+    results = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        config = make_config(method, compile=compiled, packed=False, max_steps=5)
+        model, rows, _ = train(tmp_path / str(compiled), config)
+        results[compiled] = factors(model), [row["loss"] for row in rows]
+    assert relative(results[True][0], results[False][0]) < 1e-4
+    np.testing.assert_allclose(results[True][1], results[False][1], rtol=1e-5)
+
+    def whole_row(module, q, k, v, mask, cu_seq_lens_q=None, **kwargs):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        return out.transpose(1, 2) + 0 * cu_seq_lens_q.sum(), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", whole_row)
+    torch._dynamo.reset()
+    graphs = []
+    for steps in (1, 5):
+        counters.clear()
+        train(tmp_path / f"packed{steps}", make_config(method, compile=True, max_steps=steps))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == 0, "five steps of other lengths compiled again"
 
 
 def test_every_sample_is_used_once_an_epoch():

@@ -124,8 +124,15 @@ def fit(
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
     model.train()
-    # In place for the backward pass too, where checkpointed layers run again.
-    with packed_attention(model) if settings.packed else nullcontext(), log:
+    # The attention is in place for the backward pass too, where checkpointed layers run again.
+    with (
+        packed_attention(model) if settings.packed else nullcontext(),
+        # A diagonal for every token has as many rows as the batch has tokens.
+        torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+        if settings.compile
+        else nullcontext(),
+        log,
+    ):
         for step in range(first, steps):
             ids = batch_ids(config.seed, step, len(examples), settings.effective_batch)
             batch = [examples[i] for i in ids]
