@@ -137,13 +137,14 @@ def fit(
             ids = batch_ids(config.seed, step, len(examples), settings.effective_batch)
             batch = [examples[i] for i in ids]
             choice = method.choose(config.seed, step, len(ids), settings.micro_batch)
+            same = bool((choice == choice[0]).all())
             label_tokens = sum(example.labels for example in batch)
             loss = torch.zeros((), dtype=torch.float32, device=device)
             for forward, weight in _forwards(batch, settings, accelerator):
-                part = choice[forward]
-                # One diagonal for all where they agree, else one an example.
-                same = bool((choice == choice[0]).all())
-                p = bank[part[0]] if same else bank[torch.from_numpy(part).to(device)]
+                if same:
+                    p = bank[choice[0]]
+                else:
+                    p = bank[torch.from_numpy(choice[forward]).to(device)]
                 part_loss = batch_loss(
                     model,
                     [batch[i] for i in forward],
