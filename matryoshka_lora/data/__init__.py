@@ -176,14 +176,15 @@ def tokenize(
     pairs = texts(records, config)
     # Not verbose: what is longer than the window is counted below.
     prompts = tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
-    whole = tokenizer([prompt + answer for prompt, answer in pairs], verbose=False)["input_ids"]
-    apart = tokenizer([a for _, a in pairs], add_special_tokens=False, verbose=False)["input_ids"]
+    if joint(config):
+        whole = tokenizer([prompt + answer for prompt, answer in pairs], verbose=False)["input_ids"]
+    else:
+        answers = [answer for _, answer in pairs]
+        apart = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = [[*p, *a] for p, a in zip(prompts, apart, strict=True)]
     examples, truncated, masked = [], 0, 0
-    together = joint(config)
-    for number, (prompt_ids, whole_ids, answer_ids) in enumerate(
-        zip(prompts, whole, apart, strict=True), 1
-    ):
-        tokens = (*(whole_ids if together else (*prompt_ids, *answer_ids)), eos)
+    for number, (prompt_ids, whole_ids) in enumerate(zip(prompts, whole, strict=True), 1):
+        tokens = (*whole_ids, eos)
         truncated += len(tokens) > config.max_length
         example = Example(tokens[: config.max_length], len(prompt_ids), number)
         if example.labels > 0:
