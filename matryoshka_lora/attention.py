@@ -32,6 +32,13 @@ _REFUSED = ("softcap", "s_aux", "position_bias", "alibi_slopes", "head_mask", "b
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor.to(device)` for a tensor on the CPU, without waiting for the device's queue."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def packed_inputs(
     lengths: Sequence[int], device: torch.device | str, max_length: int | None = None
 ) -> dict[str, Tensor | int]:
@@ -47,9 +54,9 @@ def packed_inputs(
     ends = sizes.cumsum(0)
     starts = F.pad(ends, (1, 0)).to(torch.int32)
     positions = torch.arange(int(ends[-1])) - starts[:-1].long().repeat_interleave(sizes)
-    bounds = starts.to(device, non_blocking=True)
+    bounds = to_device(starts, device)
     return {
-        "position_ids": positions[None].to(device, non_blocking=True),
+        "position_ids": to_device(positions[None], device),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": max_length or longest,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from matryoshka_lora.adapters import adapter_parameters, set_diagonal
-from matryoshka_lora.attention import packed_attention, packed_inputs
+from matryoshka_lora.attention import packed_attention, packed_inputs, to_device
 from matryoshka_lora.config import Config, TrainerConfig
 from matryoshka_lora.data import Example, pack
 from matryoshka_lora.files import write_atomically
@@ -31,8 +31,17 @@ from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
 logger = logging.getLogger(__name__)
 
+# Of gradients of one shape that are looked at together.
+STACKED_BYTES = 2**28
 # Seconds between two progress lines.
 PROGRESS_EVERY = 5.0
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed. logits: (N, vocabulary), labels: (N,)."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def batch_loss(
@@ -42,6 +51,7 @@ def batch_loss(
     *,
     packed: bool = True,
     max_length: int | None = None,
+    label_loss: Callable[[Tensor, Tensor], Tensor] = label_loss,
 ) -> Tensor:
     """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
 
@@ -52,13 +62,16 @@ def batch_loss(
     device = model.device
     batch = pack(examples)
     lengths = torch.tensor(batch.lengths)
-    tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+    labels = to_device(batch.labels, device)
     if packed:
+        tokens = to_device(batch.tokens, device)
         if diagonals.dim() == 2:
-            diagonals = diagonals.repeat_interleave(lengths.to(diagonals.device), 0)[None]
+            # The sample of each token is found on the host: a repeat on the device waits for it.
+            samples = torch.arange(len(lengths)).repeat_interleave(lengths)
+            diagonals = diagonals[to_device(samples, diagonals.device)][None]
         set_diagonal(model, diagonals)
         inputs = packed_inputs(batch.lengths, device, max_length)
-        rows = batch.label_rows.to(device)
+        rows = to_device(batch.label_rows, device)
         logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows, **inputs).logits[0]
     else:
         set_diagonal(model, diagonals[:, None] if diagonals.dim() == 2 else diagonals)
@@ -68,9 +81,7 @@ def batch_loss(
         logits = model(
             input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False
         ).logits[where[:, 0], where[:, 1]]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return label_loss(logits, labels)
 
 
 def fit(
@@ -117,9 +128,12 @@ def fit(
     bank = method.diagonals.to(device)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_function = label_loss
     if settings.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
+        # Compiled, no float32 copy of the logits is made.
+        loss_function = torch.compile(label_loss, dynamic=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
@@ -144,13 +158,14 @@ def fit(
                 if same:
                     p = bank[choice[0]]
                 else:
-                    p = bank[torch.from_numpy(choice[forward]).to(device)]
+                    p = bank[to_device(torch.from_numpy(choice[forward]), device)]
                 part_loss = batch_loss(
                     model,
                     [batch[i] for i in forward],
                     p,
                     packed=settings.packed,
                     max_length=config.dataset.max_length,
+                    label_loss=loss_function,
                 )
                 part_loss = part_loss * (weight / label_tokens)
                 part_loss.backward()
@@ -261,16 +276,32 @@ def _factor_pairs(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Param
 
 
 def _row_square_sums(parameters: Sequence[nn.Parameter], live: tuple[int, int] | None) -> Tensor:
-    """Squared gradient norm of each of the R rows over all layers; rows not live are zeroed."""
-    sums = []
+    """Squared gradient norm of each of the R rows over all layers; rows not live are zeroed.
+
+    Gradients of one shape are stacked, up to STACKED_BYTES: a kernel for each of the hundreds of
+    factors takes longer to launch than to run.
+    """
+    groups: dict[tuple[torch.Size, int], list[list[Tensor]]] = {}
     for parameter, axis in _factor_pairs(parameters):
-        assert parameter.grad is not None
+        grad = parameter.grad
+        assert grad is not None
         if live is not None:
-            size = parameter.shape[axis]
-            parameter.grad.narrow(axis, 0, live[0]).zero_()
-            parameter.grad.narrow(axis, live[1], size - live[1]).zero_()
-        sums.append(parameter.grad.float().square().sum(1 - axis))
-    return torch.stack(sums).sum(0)
+            grad.narrow(axis, 0, live[0]).zero_()
+            grad.narrow(axis, live[1], grad.shape[axis] - live[1]).zero_()
+        stacks = groups.setdefault((grad.shape, axis), [[]])
+        if len(stacks[-1]) >= max(STACKED_BYTES // (grad.numel() * grad.itemsize), 1):
+            stacks.append([])
+        stacks[-1].append(grad)
+    sums = [
+        torch.linalg.vector_norm(
+            torch.stack(stack),
+            dim=(0, 2 - axis),
+            dtype=torch.promote_types(stack[0].dtype, torch.float32),
+        )
+        for (_, axis), stacks in groups.items()
+        for stack in stacks
+    ]
+    return torch.stack(sums).square().sum(0)
 
 
 def _block_norms(rows: Tensor, ranks: Sequence[int]) -> Tensor:
