@@ -1,5 +1,6 @@
 """One run: build model, adapters, data; train; read the adapter at every rank; write the record."""
 
+import atexit
 import dataclasses
 import json
 import logging
@@ -234,6 +235,9 @@ def make_accelerator() -> Accelerator:
             f"the launcher started {started} processes, but accelerate sees "
             f"{accelerator.num_processes}; use a file of configs/accelerate"
         )
+    if started > 1:
+        # A process whose group still has threads when it ends is now and then aborted.
+        atexit.register(accelerator.end_training)
     if not accelerator.is_main_process:
         logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
     return accelerator
@@ -343,7 +347,7 @@ def evaluate(
         )
 
     if held_out:
-        rows = held_out_rows(model, held_out, plan, config.trainer.packed)
+        rows = held_out_rows(model, held_out, plan, config.trainer.packed, accelerator)
         record.rows = merge_rows(record.rows, rows)
     if tasks:
         rows = run_sweep(
@@ -370,20 +374,31 @@ def evaluate(
 
 @torch.no_grad()
 def held_out_rows(
-    model: PreTrainedModel, examples: Sequence[Example], plan: Plan, packed: bool
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    plan: Plan,
+    packed: bool,
+    accelerator: Accelerator,
 ) -> list[Row]:
-    """Loss in nats a label token on the records held out of training, at every point of `plan`."""
+    """Loss in nats a label token on the records held out of training, at every point of `plan`.
+
+    Each process takes its share of the records; where the base is sharded all must run the same
+    forwards, and each takes all of them.
+    """
     labels = sum(example.labels for example in examples)
-    losses: dict[Point, float] = {}
     chunks = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+    alone = accelerator.distributed_type == DistributedType.FSDP
+    if not alone:
+        chunks = chunks[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(len(plan.points), dtype=torch.float64, device=model.device)
     for factors in ("trained", "svd"):
         with use_factors(model, factors), packed_attention(model) if packed else nullcontext():
-            for point in plan.points:
+            for index, point in enumerate(plan.points):
                 if point.factors == factors:
-                    total = sum(
-                        batch_loss(model, chunk, point.p, packed=packed).item() for chunk in chunks
-                    )
-                    losses[point] = total / labels
+                    for chunk in chunks:
+                        sums[index] += batch_loss(model, chunk, point.p, packed=packed)
+    total = sums if alone else accelerator.reduce(sums, "sum")
+    losses = dict(zip(plan.points, (total / labels).tolist(), strict=True))
     return [
         Row(
             task="validation",

@@ -37,6 +37,7 @@ def losses(path: Path):
 @pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
 def test_two_processes_equal_one(tmp_path, method):
     options = (f"method={method}", "trainer.max_steps=8", "trainer.lr=6e-3")
+    options += ("dataset.validation=0.4",)  # 40 records: two forwards, one a process
     done = launch(tmp_path / "two", *options)
     assert done.returncode == 0, done.stderr
     train(tmp_path / "one", *options)

@@ -130,7 +130,8 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss_function = label_loss
     if settings.compile:
-        for layer in decoder_layers(model):
+        # Not the first: its input needs no gradient, so it would be compiled for itself alone.
+        for layer in list(decoder_layers(model))[1:]:
             layer.compile(dynamic=True)
         # Compiled, no float32 copy of the logits is made.
         loss_function = torch.compile(label_loss, dynamic=True)

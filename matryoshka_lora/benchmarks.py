@@ -1,0 +1,151 @@
+"""What the benchmarks share: inputs with GSM8K's lengths, ceilings, and one record a benchmark.
+
+The models have real shapes and random weights, so that nothing is downloaded: speed depends on
+shapes and lengths alone, as long as token ids are random and no factor is zero.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from matryoshka_lora.adapters import adapter_layers
+from matryoshka_lora.data import Example
+from matryoshka_lora.files import write_atomically
+from matryoshka_lora.records import environment
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+# GSM8K's train set as the Llama-3 tokenizer cuts it, fitted: the mean of question and answer is 63
+# and 101 tokens, their sum has median 154, 95th percentile 275 and maximum 464; answers have 95th
+# percentile 182 and maximum 310. Log-normal, with the correlation that another tokenizer
+# (SmolLM2's) shows on the same records.
+LOG_MEAN = (np.log(63) - 0.32**2 / 2, np.log(101) - 0.39**2 / 2)
+LOG_STD = (0.32, 0.39)
+CORRELATION = 0.55
+LONGEST = (220, 310, 464)
+"""Of a question, an answer, and both together."""
+
+
+def gsm8k_lengths(n: int, seed: int = 0) -> np.ndarray:
+    """Tokens of (question, answer) of `n` drawn problems, (n, 2)."""
+    generator = np.random.default_rng(seed)
+    covariance = CORRELATION * LOG_STD[0] * LOG_STD[1]
+    matrix = [[LOG_STD[0] ** 2, covariance], [covariance, LOG_STD[1] ** 2]]
+    drawn = np.exp(generator.multivariate_normal(LOG_MEAN, matrix, size=n)).round().astype(int)
+    question = drawn[:, 0].clip(15, LONGEST[0])
+    answer = np.minimum(drawn[:, 1].clip(15, LONGEST[1]), LONGEST[2] - question)
+    return np.stack([question, answer], axis=1)
+
+
+def random_examples(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> list[Example]:
+    """Training examples of random token ids; lengths: (n, 2), of prompt and answer."""
+    generator = np.random.default_rng(seed)
+    return [
+        Example(tuple(generator.integers(0, vocabulary, prompt + answer).tolist()), prompt, number)
+        for number, (prompt, answer) in enumerate(lengths.tolist(), 1)
+    ]
+
+
+@torch.no_grad()
+def fill_factors(model: nn.Module, seed: int = 0) -> None:
+    """Give B, which starts at zero, small random values: zeros run faster than data."""
+    torch.manual_seed(seed)
+    for layer in adapter_layers(model).values():
+        layer.lora_B.normal_(std=1e-3)
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of a large matrix product on random data: the ceiling that MFU is measured against."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    synchronize(device)
+    products, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(10):
+            a @ b
+        products += 10
+        synchronize(device)
+    return products * 2 * size**3 / (time.perf_counter() - began)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float:
+    """Floating-point operations that training on `examples` needs, per token.
+
+    Forward and backward to the activations for the frozen weights (4 a weight), to the factors as
+    well for the adapters (6), logits of label tokens only, causal attention within each example.
+    """
+    layers = adapter_layers(model).values()
+    frozen = sum(layer.weight.numel() for layer in layers)
+    factors = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
+    lengths = np.array([len(example.tokens) for example in examples])
+    labels = sum(example.labels for example in examples) / lengths.sum()
+    config = model.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 6 * width * config.num_hidden_layers * (lengths**2).sum() / lengths.sum()
+    return float(4 * frozen + 6 * factors + 4 * head * labels + attention)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most memory that torch had in use since it was last reset; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `entry` into `<folder>/<benchmark>.json` in place of one of the same key; all entries.
+
+    Each entry says by itself where it was measured, so that one file may hold several machines.
+    """
+    path = folder / f"{benchmark}.json"
+    entries: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found.get("schema") != SCHEMA or found.get("benchmark") != benchmark:
+            raise ValueError(f"{path} is not a record of this benchmark; move it away")
+        entries = found["entries"]
+    entries[key] = {**entry, **environment()}
+    entries = dict(sorted(entries.items()))
+    content = {"schema": SCHEMA, "benchmark": benchmark, "entries": entries}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return entries
+
+
+def write_table(
+    folder: Path,
+    benchmark: str,
+    entries: Mapping[str, Any],
+    rows: Callable[[str, Mapping[str, Any]], list[dict[str, Any]]],
+    note: str,
+) -> str:
+    """`<folder>/<benchmark>.md`: the rows of every entry, with the machine that each comes from."""
+    lines = [
+        {**row, "card": entry["device"]["name"], "torch": entry["versions"]["torch"]}
+        for key, entry in entries.items()
+        for row in rows(key, entry)
+    ]
+    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    write_atomically(folder / f"{benchmark}.md", f"{note}\n\n{table}\n".encode())
+    return table
