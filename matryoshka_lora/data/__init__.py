@@ -24,6 +24,8 @@ Record = Mapping[str, Any]
 Split = Literal["train", "test"]
 # The split is part of the protocol, not of a run: every run holds out the same records.
 VALIDATION_SEED = 0
+# A label that torch's cross-entropy leaves out.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,15 @@ def tokenize(
     return examples, counts
 
 
-def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Put examples behind each other in one row."""
+def pack(
+    examples: Sequence[Example], tokens_multiple: int = 1, labels_multiple: int = 1
+) -> PackedBatch:
+    """Put examples behind each other in one row.
+
+    tokens_multiple: above 1, a document without labels is put behind them, so that the number of
+    tokens is a multiple. labels_multiple: likewise for the labels, by ones that no loss counts
+    (-100). Neither changes the loss; sizes that come back can be worked on as recorded.
+    """
     rows: list[int] = []
     labels: list[int] = []
     start = 0
@@ -219,9 +228,15 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         rows.extend(range(start + first - 1, start + len(example.tokens) - 1))
         labels.extend(example.tokens[first:])
         start += len(example.tokens)
+    tokens = [token for example in examples for token in example.tokens]
+    lengths = [len(example.tokens) for example in examples]
+    if tokens_multiple > 1:
+        lengths.append(tokens_multiple - start % tokens_multiple)  # never empty
+        tokens += [0] * lengths[-1]
+    missing = -len(labels) % labels_multiple
     return PackedBatch(
-        tokens=torch.tensor([[token for example in examples for token in example.tokens]]),
-        lengths=tuple(len(example.tokens) for example in examples),
-        label_rows=torch.tensor(rows),
-        labels=torch.tensor(labels),
+        tokens=torch.tensor([tokens]),
+        lengths=tuple(lengths),
+        label_rows=torch.tensor(rows + [0] * missing),
+        labels=torch.tensor(labels + [IGNORED] * missing),
     )

@@ -1,5 +1,6 @@
-"""The batch plan, the loop, checkpoints and resume."""
+"""The batch plan, the loss, the loop, checkpoints and resume."""
 
-from matryoshka_lora.training.loop import batch_loss, fit
+from matryoshka_lora.training.loop import fit
+from matryoshka_lora.training.loss import batch_loss
 
 __all__ = ["batch_loss", "fit"]

@@ -13,75 +13,43 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.adapters import adapter_parameters, set_diagonal
-from matryoshka_lora.attention import packed_attention, packed_inputs, to_device
+from matryoshka_lora.adapters import adapter_parameters
+from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config, TrainerConfig
-from matryoshka_lora.data import Example, pack
+from matryoshka_lora.data import Example
 from matryoshka_lora.files import write_atomically
+from matryoshka_lora.graphs import Graphs
 from matryoshka_lora.methods import Method
 from matryoshka_lora.models import decoder_layers
 from matryoshka_lora.training.checkpoints import load_checkpoint, save_checkpoint
+from matryoshka_lora.training.loss import (
+    batch_loss,
+    label_loss,
+    on_device,
+    packed_batch,
+    packed_loss,
+)
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
 logger = logging.getLogger(__name__)
 
+Backward = Callable[[Sequence[Example], np.ndarray, float], Tensor]
+"""(examples, choice of diagonals, weight) -> the weighted loss; its gradients are added up."""
+
 # Of gradients of one shape that are looked at together.
 STACKED_BYTES = 2**28
+# A forward as a CUDA graph has multiples of these, so that sizes come back.
+TOKENS_MULTIPLE, LABELS_MULTIPLE = 256, 512
+# Between two checkpoints, and the share of the time that saving them may take: a large adapter on a
+# slow disk is saved less often.
+SAVE_SECONDS, SAVING_SHARE = 30.0, 0.02
 # Seconds between two progress lines.
 PROGRESS_EVERY = 5.0
-
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed. logits: (N, vocabulary), labels: (N,)."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def batch_loss(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    diagonals: Tensor,
-    *,
-    packed: bool = True,
-    max_length: int | None = None,
-    label_loss: Callable[[Tensor, Tensor], Tensor] = label_loss,
-) -> Tensor:
-    """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
-
-    diagonals: (R,) for all examples, or (len(examples), R), one each: in a packed row a diagonal
-    per token, in padded rows one per row. Logits are computed for label positions only, the softmax
-    in float32 or higher. In packed rows the caller must have `packed_attention` in place.
-    """
-    device = model.device
-    batch = pack(examples)
-    lengths = torch.tensor(batch.lengths)
-    labels = to_device(batch.labels, device)
-    if packed:
-        tokens = to_device(batch.tokens, device)
-        if diagonals.dim() == 2:
-            # The sample of each token is found on the host: a repeat on the device waits for it.
-            samples = torch.arange(len(lengths)).repeat_interleave(lengths)
-            diagonals = diagonals[to_device(samples, diagonals.device)][None]
-        set_diagonal(model, diagonals)
-        inputs = packed_inputs(batch.lengths, device, max_length)
-        rows = to_device(batch.label_rows, device)
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows, **inputs).logits[0]
-    else:
-        set_diagonal(model, diagonals[:, None] if diagonals.dim() == 2 else diagonals)
-        mask = torch.arange(max(batch.lengths))[None] < lengths[:, None]
-        padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, batch.tokens[0])
-        where = mask.nonzero()[batch.label_rows].to(device)
-        logits = model(
-            input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False
-        ).logits[where[:, 0], where[:, 1]]
-    return label_loss(logits, labels)
 
 
 def fit(
@@ -125,19 +93,26 @@ def fit(
         first, spent = state["step"], state["seconds"]
         logger.info("resuming at step %d of %d", first, steps)
     log.start(first)
-    bank = method.diagonals.to(device)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_function = label_loss
     if settings.compile:
         # Not the first: its input needs no gradient, so it would be compiled for itself alone.
         for layer in list(decoder_layers(model))[1:]:
             layer.compile(dynamic=True)
-        # Compiled, no float32 copy of the logits is made.
-        loss_function = torch.compile(label_loss, dynamic=True)
+    graphs = None
+    if settings.cuda_graphs and device.type == "cuda":
+        graphs = Graphs()
+        for parameter in parameters:  # a graph adds to gradients that stay where they are
+            parameter.grad = torch.zeros_like(parameter)
+    bank = method.diagonals.to(device)
+    if settings.packed:
+        backward = packed_backward(model, bank, config, graphs)
+    else:
+        backward = padded_backward(model, bank)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    began = time.monotonic()
+    began = saved = time.monotonic()
+    saving = 0.0
     model.train()
     # The attention is in place for the backward pass too, where checkpointed layers run again.
     with (
@@ -156,21 +131,11 @@ def fit(
             label_tokens = sum(example.labels for example in batch)
             loss = torch.zeros((), dtype=torch.float32, device=device)
             for forward, weight in _forwards(batch, settings, accelerator):
-                if same:
-                    p = bank[choice[0]]
-                else:
-                    p = bank[to_device(torch.from_numpy(choice[forward]), device)]
-                part_loss = batch_loss(
-                    model,
+                loss += backward(
                     [batch[i] for i in forward],
-                    p,
-                    packed=settings.packed,
-                    max_length=config.dataset.max_length,
-                    label_loss=loss_function,
+                    choice[:1] if same else choice[forward],
+                    weight / label_tokens,
                 )
-                part_loss = part_loss * (weight / label_tokens)
-                part_loss.backward()
-                loss += part_loss.detach()
             _sum_over_processes(parameters, loss, accelerator)
             live = _live_rows(method.ranks, choice[0]) if method.frozen else None
             rows = _row_square_sums(parameters, live)
@@ -180,7 +145,7 @@ def fit(
             lr = settings.lr * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = lr
             _update(optimizer, parameters, live)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=graphs is None)
             log.add(
                 step,
                 [example.record for example in batch],
@@ -198,8 +163,13 @@ def fit(
                 },
             )
             done = step + 1
-            if done % settings.save_every == 0 and done < steps:
+            if settings.save_every is None:
+                due = time.monotonic() - saved > max(SAVE_SECONDS, saving / SAVING_SHARE)
+            else:
+                due = done % settings.save_every == 0
+            if due and done < steps:
                 log.sync()
+                saved = time.monotonic()
                 if accelerator.is_main_process:
                     state = {
                         "step": done,
@@ -208,6 +178,7 @@ def fit(
                         "optimizer": optimizer.state_dict(),
                     }
                     save_checkpoint(folder / "checkpoints", done, state)
+                saving = time.monotonic() - saved
         log.flush()
     model.eval()
     if settings.gradient_checkpointing:
@@ -217,6 +188,51 @@ def fit(
             layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return log.summary(peak)
+
+
+def packed_backward(
+    model: PreTrainedModel, bank: Tensor, config: Config, graphs: Graphs | None
+) -> Backward:
+    """Forward and backward of packed rows; bank: (K, R), the diagonals that are chosen from.
+
+    With `graphs` the sizes are rounded up and each size has tensors of its own that stay.
+    """
+    device = model.device
+    round_to = (1, 1) if graphs is None else (TOKENS_MULTIPLE, LABELS_MULTIPLE)
+    longest = max(config.dataset.max_length, round_to[0])
+    # Compiled, no float32 copy of the logits is made.
+    loss = torch.compile(label_loss, dynamic=True) if config.trainer.compile else label_loss
+    static: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        part = packed_loss(model, batch, bank, longest, loss) * batch["weight"]
+        part.backward()
+        return part.detach()
+
+    def backward(examples: Sequence[Example], choice: np.ndarray, weight: float) -> Tensor:
+        batch = packed_batch(examples, choice, round_to)
+        batch = on_device(batch | {"weight": torch.tensor(weight, dtype=torch.float64)}, device)
+        if graphs is None:
+            return run(batch)
+        sizes = tuple(tensor.shape for tensor in batch.values())
+        fixed = static.setdefault(sizes, batch)
+        for name, tensor in batch.items():
+            fixed[name].copy_(tensor)
+        return graphs(sizes, lambda: run(fixed))
+
+    return backward
+
+
+def padded_backward(model: PreTrainedModel, bank: Tensor) -> Backward:
+    """Forward and backward of padded rows."""
+
+    def backward(examples: Sequence[Example], choice: np.ndarray, weight: float) -> Tensor:
+        p = bank[choice[0]] if len(choice) == 1 else bank[torch.from_numpy(choice).to(bank.device)]
+        part = batch_loss(model, examples, p, packed=False) * weight
+        part.backward()
+        return part.detach()
+
+    return backward
 
 
 def _forwards(

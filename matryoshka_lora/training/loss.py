@@ -1,0 +1,118 @@
+"""The loss of a batch: the negative log-likelihood of its label tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from matryoshka_lora.adapters import set_diagonal
+from matryoshka_lora.attention import packed_inputs, to_device
+from matryoshka_lora.data import Example, pack
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed. logits: (N, vocabulary), labels: (N,)."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def batch_loss(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    diagonals: Tensor,
+    *,
+    packed: bool = True,
+) -> Tensor:
+    """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
+
+    diagonals: (R,) for all examples, or (len(examples), R), one each. Logits are computed for label
+    positions only, the softmax in float32 or higher. In packed rows the caller must have
+    `packed_attention` in place.
+    """
+    if packed:
+        single = diagonals.dim() == 1
+        choice = np.zeros(1, dtype=np.int64) if single else np.arange(len(examples))
+        batch = on_device(packed_batch(examples, choice), model.device)
+        return packed_loss(model, batch, diagonals[None] if single else diagonals)
+    batch_of = pack(examples)
+    lengths = torch.tensor(batch_of.lengths)
+    mask = torch.arange(max(batch_of.lengths))[None] < lengths[:, None]
+    padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, batch_of.tokens[0])
+    rows = mask.nonzero()[batch_of.label_rows].to(model.device)
+    set_diagonal(model, diagonals[:, None] if diagonals.dim() == 2 else diagonals)
+    logits = model(
+        input_ids=padded.to(model.device),
+        attention_mask=mask.long().to(model.device),
+        use_cache=False,
+    ).logits[rows[:, 0], rows[:, 1]]
+    return label_loss(logits, batch_of.labels.to(model.device))
+
+
+def packed_batch(
+    examples: Sequence[Example], choice: np.ndarray, round_to: tuple[int, int] = (1, 1)
+) -> dict[str, Tensor]:
+    """The tensors that `packed_loss` takes, on the CPU; T tokens, N labels, D documents.
+
+    choice: which diagonal each example has, (len(examples),), or one for all, (1,).
+    round_to: multiples that T and N are filled up to, see `pack`.
+
+    tokens and positions (1, T); bounds (D + 1,) int32, where each document starts and ends;
+    label_rows and labels (N,); choice (T,) or (1,).
+    """
+    batch = pack(examples, *round_to)
+    inputs = packed_inputs(batch.lengths, "cpu")
+    if len(choice) > 1:
+        # Padding behind the examples takes any of them.
+        padded = np.append(choice, choice[-1:].repeat(len(batch.lengths) - len(choice)))
+        choice = padded.repeat(batch.lengths)
+    bounds, positions = inputs["cu_seq_lens_q"], inputs["position_ids"]
+    assert isinstance(bounds, Tensor) and isinstance(positions, Tensor)
+    return {
+        "tokens": batch.tokens,
+        "positions": positions,
+        "bounds": bounds,
+        "label_rows": batch.label_rows,
+        "labels": batch.labels,
+        "choice": torch.from_numpy(choice),
+    }
+
+
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors on `device`."""
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
+
+
+def packed_loss(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    diagonals: Tensor,
+    max_length: int | None = None,
+    label_loss: LabelLoss = label_loss,
+) -> Tensor:
+    """`batch_loss` of a `packed_batch`; waits for nothing, so that it can be captured.
+
+    diagonals: (K, R), what `choice` chooses from. max_length: an upper bound of the documents'
+    lengths, which compiled layers take for a constant; by default the longest one's is found.
+    """
+    bounds = batch["bounds"]
+    if max_length is None:
+        max_length = int(bounds.diff().max())
+    # (1, 1, R), or (1, T, R) with a diagonal for each token.
+    set_diagonal(model, diagonals.index_select(0, batch["choice"])[None])
+    logits = model(
+        input_ids=batch["tokens"],
+        position_ids=batch["positions"],
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max_length,
+        max_length_k=max_length,
+        use_cache=False,
+        logits_to_keep=batch["label_rows"],
+    ).logits[0]
+    return label_loss(logits, batch["labels"])
