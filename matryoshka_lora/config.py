@@ -99,6 +99,7 @@ class EvalConfig:
     rules: list[str] = setting(["prefix", "trained", "svd"], "inference rules")
     engine: str = setting("batched", "batched, or hf: lm-eval's own backend, the reference")
     batch_size: int = setting(32, "rows a batch has at most with engine hf")
+    cuda_graphs: bool = setting(False, "replay decoding steps as CUDA graphs, on a GPU")
     data_path: str | None = setting(None, "folder with local copies of the tasks' data")
     limit: int | None = setting(None, "only the first n documents of each task")
 

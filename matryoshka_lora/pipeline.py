@@ -310,7 +310,7 @@ def make_engine(
     """The engine that `eval.engine` names. lockstep: the base is sharded over the processes."""
     if config.eval.engine == "hf":
         return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
-    return BatchedEngine(model, tokenizer, lockstep=lockstep)
+    return BatchedEngine(model, tokenizer, cuda_graphs=config.eval.cuda_graphs, lockstep=lockstep)
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """The batched engine against lm-eval's HF backend, on a tiny random model in float64."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -27,9 +27,11 @@ from matryoshka_lora.adapters import (
 )
 from matryoshka_lora.attention import packed_attention, packed_inputs
 from matryoshka_lora.diagonals import matryoshka_diagonal
+from matryoshka_lora.evaluation import batched
 from matryoshka_lora.evaluation.batched import BatchedEngine, Probe, flash_agrees
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.graphs import Graphs
 
 RANK = 4
 TEXT = (
@@ -178,6 +180,39 @@ def test_generation_of_mixed_points(
     for limits in ({}, {"max_rows": 1}, {"max_tokens": 1}):
         one = BatchedEngine(model, tokenizer, **limits)
         assert [output.text for output in answers(one.run(jobs), jobs)] == texts
+
+
+def test_replayed_steps_take_further_rows_along(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs a replay calls the step again: in fixed places, for a rounded number of rows."""
+    sizes = []
+
+    def capture(function: Callable[[], torch.Tensor], pool: object) -> Callable[[], torch.Tensor]:
+        sizes.append(function.args[1])  # type: ignore[attr-defined]
+        return function
+
+    monkeypatch.setattr(batched, "Graphs", lambda: Graphs(capture))
+    requests = [
+        generation(tokenizer, i, text, ["\n\n"], (3, 20, 33)[i % 3])
+        for i, text in enumerate(prompts(9))
+    ]
+    jobs = [(point, request) for point in points(model) for request in requests]
+    expected = answers(BatchedEngine(model, tokenizer, max_rows=40).run(jobs), jobs)
+    engine = BatchedEngine(model, tokenizer, max_rows=40, cuda_graphs=True)
+    assert not engine.cuda_graphs, "there is no GPU"
+    engine.cuda_graphs = True
+    found = answers(engine.run(jobs), jobs)
+    assert [output.text for output in found] == [output.text for output in expected]
+    assert set(sizes) <= {16, 32, 40} and len(sizes) == len(set(sizes)) > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "rounded"),
+    [(1, 16), (16, 16), (17, 32), (33, 48), (49, 64), (1025, 1536), (1537, 2048), (2048, 2048)],
+)
+def test_captured_steps_have_two_sizes_an_octave(rows: int, rounded: int) -> None:
+    assert batched.round_up(rows) == rounded
 
 
 def test_principal_factors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -334,7 +369,13 @@ def test_what_it_cannot_do_is_refused(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_cuda(
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+    graphs: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """In float64 the reference engine's answers; in bf16 its likelihoods, by flash attention."""
     config = LlamaConfig(**(SHAPE | {"head_dim": 64, "num_attention_heads": 8}))
     model = build(tokenizer, config).to("cuda", dtype)
@@ -344,7 +385,8 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None
         requests += [likelihood(tokenizer, i, text, e) for e in (" 19", "\nAnswer: 7 apples")]
     jobs = [(point, request) for point in points(model)[:3] for request in requests]
     if dtype == torch.float64:
-        check(model, tokenizer, jobs, max_rows=13, max_tokens=700)
+        check(model, tokenizer, jobs, max_rows=13, max_tokens=700, cuda_graphs=graphs)
+        assert "without CUDA graphs" not in caplog.text
         return
     probe = Probe()
     with packed_attention(model), torch.no_grad():
@@ -352,9 +394,11 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None
         model(ids, past_key_values=probe, use_cache=True, **packed_inputs([1], "cuda"))
     assert flash_agrees(model, probe.shapes, model.device)
     expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
-    found = answers(BatchedEngine(model, tokenizer, max_rows=13).run(jobs), jobs)
+    engine = BatchedEngine(model, tokenizer, max_rows=13, cuda_graphs=graphs)
+    found = answers(engine.run(jobs), jobs)
     scored = [i for i, (_, request) in enumerate(jobs) if request.kind == "loglikelihood"]
     for i in scored:
         assert found[i].logprob == pytest.approx(expected[i].logprob, rel=0.05, abs=0.5)
+    assert "without CUDA graphs" not in caplog.text
     same = [found[i].text == expected[i].text for i in range(len(jobs)) if i not in scored]
     assert sum(same) >= 0.5 * len(same)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, islice, product
 from typing import Any
 
@@ -27,6 +28,7 @@ from matryoshka_lora.adapters import AdapterLinear, adapter_layers
 from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import evaluation_mode
+from matryoshka_lora.graphs import Graphs
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,9 @@ class BatchedEngine:
     from the device and its free memory. Where memory runs out all the same, both are halved for
     good, the rows in flight start again, and the log says so.
 
+    cuda_graphs: replay decoding steps as CUDA graphs, on a GPU: a step then takes what the device
+    needs, not what the host needs to ask for it.
+
     lockstep: the base is sharded over processes that all answer the same jobs, so all must run the
     same forwards: they decode as many rows as the one with the least memory can, and running out of
     memory is an error.
@@ -87,6 +92,7 @@ class BatchedEngine:
         *,
         max_rows: int | None = None,
         max_tokens: int | None = None,
+        cuda_graphs: bool = False,
         lockstep: bool = False,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
@@ -97,6 +103,8 @@ class BatchedEngine:
         self.model = model
         self.max_rows = max_rows or limits[0]
         self.max_tokens = max_tokens or limits[1]
+        # Sharded weights are gathered anew in each forward, so they are in no fixed place.
+        self.cuda_graphs = cuda_graphs and model.device.type == "cuda" and not lockstep
         self.lockstep = lockstep
         self.stops = StopStrings(tokenizer)
 
@@ -263,6 +271,7 @@ class Rows:
     def __init__(self, slots: Slots, longest: int, table: Tensor) -> None:
         """longest: tokens of an answer; table: (points, R), the diagonals."""
         self.slots, self.table, device = slots, table, table.device
+        self.graphs: Graphs | None = None
         n = slots.rows
         self.used = 0
         self.holes: list[int] = []
@@ -314,8 +323,13 @@ class Rows:
         to = sorted(row for row in holes if row < keep)
         source = [row for row in range(keep, self.used) if row not in holes]
         self.used, self.holes = keep, []
-        if not to:
-            return
+        if to:
+            self._move(to, source)
+        # A step may take rows behind the used ones along: these then have one token each.
+        self.position[keep:] = 0
+        self.last[keep:] = 0
+
+    def _move(self, to: list[int], source: list[int]) -> None:
         for array in (self.context, self.count, self.limit, self.rule, self.history):
             array[to] = array[source]
         for new, old in zip(to, source, strict=True):
@@ -475,19 +489,26 @@ class Batch:
         n = rows.used
         steps = min(STEPS_PER_CHECK, int((rows.limit[:n] - rows.count[:n]).max()))
         longest = int((rows.context[:n] + rows.count[:n]).max())
-        rows.slots.decoding, rows.slots.source = n, None
-        self._set_diagonal(rows.p[:, :n])
-        new = [self._step(rows, min(longest + i, rows.slots.size)) for i in range(steps)]
+        taken = n if rows.graphs is None else min(round_up(n), rows.slots.rows)
+        rows.slots.decoding, rows.slots.source = taken, None
+        self._set_diagonal(rows.p[:, :taken])
+        new = []
+        for i in range(steps):
+            if rows.graphs is None:
+                token = self._step(rows, taken, min(longest + i, rows.slots.size))
+            else:
+                step = partial(self._step, rows, taken, rows.slots.size)
+                token = rows.graphs(taken, step).clone()
+            new.append(token[:n])
         # The only wait for the device in the round.
         return self._absorb(rows, np.arange(n), torch.stack(new, 1).cpu().numpy())
 
-    def _step(self, rows: Rows, longest: int) -> Tensor:
-        """One token for every row, whose slots hold at most `longest` tokens with this one.
+    def _step(self, rows: Rows, n: int, longest: int) -> Tensor:
+        """One token for the first n rows, whose slots hold at most `longest` tokens with this one.
 
-        Works in place on buffers that stay where they are and waits for nothing: if launches ever
-        are what limits it, this is what to capture as a CUDA graph.
+        Works in place on buffers that stay where they are and waits for nothing, so that it can be
+        captured.
         """
-        n = rows.used
         token, position = rows.token[:n], rows.position[:n]
         rows.slots.destination = rows.starts[:n] + position
         inputs = {
@@ -542,7 +563,10 @@ class Batch:
             *(rows, size, rows * a_row / 2**30),
         )
         slots = Slots(self.shapes, rows, size, self.device)
-        return Rows(slots, max(request.max_new_tokens for request in asked), self.table)
+        made = Rows(slots, max(request.max_new_tokens for request in asked), self.table)
+        if self.engine.cuda_graphs:
+            made.graphs = Graphs()
+        return made
 
     def _free_bytes(self) -> int:
         """Memory for keys and values: what is free, less what a prefill and a step need."""
@@ -667,6 +691,12 @@ class Prefill:
         device = self.ids.device
         everything = len(source) == self.ids.shape[1]
         return None if everything else source.to(device), destination.to(device)
+
+
+def round_up(rows: int) -> int:
+    """To one of two numbers an octave, at least 16: how many rows a captured step has."""
+    unit = max(1 << max(rows.bit_length() - 2, 0), 16)
+    return -(-rows // unit) * unit
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
