@@ -1,5 +1,6 @@
 """The loop: cutting a batch, packing it, resuming and freezing do not change the mathematics."""
 
+import copy
 import json
 import os
 import random
@@ -121,6 +122,36 @@ def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
     loss, grads = loss_and_gradients(model, examples, p, micro, packed)
     assert abs(loss - reference) / reference < loss_bound
     assert relative(grads, expected) < grad_bound
+
+
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_bfloat16_gradients_point_where_float32_ones_do(method, device):
+    """On a GPU by flash attention. The factors are float32 in both, as in training."""
+    config = make_config(method)
+    chosen = build_method(config)
+    examples = make_examples(32)
+    choice = chosen.choose(0, 0, 32, None)
+    p = chosen.diagonals[choice] if method == "nested_dropout" else chosen.diagonals[0]
+    half = make_model(config, torch.bfloat16, fill_B=True).to(device)
+    for parameter in adapter_parameters(half).values():
+        parameter.data = parameter.data.float()
+    exact = copy.deepcopy(half).float()
+    found = loss_and_gradients(half, examples, p.to(device), 32, True)[1]
+    expected = loss_and_gradients(exact, examples, p.to(device), 1, True)[1]
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) >= 0.999
 
 
 def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path, monkeypatch):
