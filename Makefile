@@ -17,7 +17,8 @@ STAMP := $(VENV)/.installed
 GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),gpus=$(GPUS)) \
        $(if $(SEEDS),seeds=$(SEEDS)) $(if $(LRS),lrs=$(LRS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
 
-.PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 reproduce-table3
+.PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
+        reproduce-table3 benchmark-training benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -61,3 +62,9 @@ reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded d
 
 reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
+
+benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
+	$(BIN)/python scripts/benchmark_training.py $(ARGS)
+
+benchmark-sweep: setup ## the rank sweep against lm-eval's HF backend; real shapes on a GPU
+	$(BIN)/python scripts/benchmark_sweep.py $(ARGS)

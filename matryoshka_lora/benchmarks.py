@@ -6,14 +6,17 @@ shapes and lengths alone, as long as token ids are random and no factor is zero.
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,7 +27,15 @@ from matryoshka_lora.records import environment
 
 logger = logging.getLogger(__name__)
 
+Options = TypeVar("Options")
+
 SCHEMA = 1
+SHAPES = {
+    "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
+    "llama3_1b": ("meta-llama/Llama-3.2-1B-Instruct", "bfloat16"),
+    "tiny": ("tiny", "float32"),
+}
+"""Name -> model and dtype."""
 # GSM8K's train set as the Llama-3 tokenizer cuts it, fitted: the mean of question and answer is 63
 # and 101 tokens, their sum has median 154, 95th percentile 275 and maximum 464; answers have 95th
 # percentile 182 and maximum 310. Log-normal, with the correlation that another tokenizer
@@ -34,6 +45,31 @@ LOG_STD = (0.32, 0.39)
 CORRELATION = 0.55
 LONGEST = (220, 310, 464)
 """Of a question, an answer, and both together."""
+
+
+def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
+    """`key=value` arguments as an instance of the dataclass `kind`; omegaconf's errors if wrong."""
+    given = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_cli(list(arguments)))
+    options = OmegaConf.to_object(given)
+    assert isinstance(options, kind)
+    return options
+
+
+def run_each(script: str, entries: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> int:
+    """Run `script` once an entry of this machine, `cuda` or `cpu`; the exit code.
+
+    A process each, so that none finds the memory of another. Entries are options, as one text.
+    """
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        logger.info("no GPU here: only the embedded shape is measured")
+    failed = []
+    for entry in entries[kind]:
+        if subprocess.run([sys.executable, script, *arguments, *entry.split()]).returncode:
+            failed.append(entry)
+    if failed:
+        print(f"error: these failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def gsm8k_lengths(n: int, seed: int = 0) -> np.ndarray:
@@ -105,6 +141,12 @@ def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float
     )
     attention = 6 * width * config.num_hidden_layers * (lengths**2).sum() / lengths.sum()
     return float(4 * frozen + 6 * factors + 4 * head * labels + attention)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the memory that what came before took."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float | None:

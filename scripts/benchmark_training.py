@@ -1,0 +1,355 @@
+"""Training speed: this project's loop against PEFT's LoRA under the HF Trainer, in one run.
+
+    python scripts/benchmark_training.py                            every shape of this machine
+    python scripts/benchmark_training.py shape=llama3_8b rank=32    one shape, in this process
+
+Real shapes with random weights, GSM8K's lengths, random token ids, effective batch 32, the same
+examples in the same order for all, the first steps left out. Tokens are real ones: padding does not
+count. Each shape adds one entry to `<output>/training.json`, and the table `<output>/training.md`
+is written anew. Without a GPU the embedded shape stands in, which says nothing about large models.
+"""
+
+import gc
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import SequentialSampler
+from transformers import (
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from matryoshka_lora.adapters import add_adapters
+from matryoshka_lora.attention import PACKED
+from matryoshka_lora.benchmarks import (
+    SHAPES,
+    fill_factors,
+    gsm8k_lengths,
+    matmul_rate,
+    merge_entry,
+    parse,
+    peak_gib,
+    random_examples,
+    reset_peak,
+    run_each,
+    synchronize,
+    training_flops,
+    write_table,
+)
+from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
+from matryoshka_lora.data import Example
+from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
+from matryoshka_lora.models import DTYPES, load_model
+from matryoshka_lora.training import fit
+from matryoshka_lora.training.plan import batch_ids
+
+logger = logging.getLogger("matryoshka_lora.benchmark")
+
+ENTRIES = {
+    "cuda": [
+        f"shape={shape} rank={rank}" for shape in ("llama3_8b", "llama3_1b") for rank in (32, 256)
+    ],
+    "cpu": ["shape=tiny rank=32"],
+}
+# (samples a forward, forwards a step, packed without padding and all in bf16).
+BASELINES = {
+    "peft 8x4": (8, 4, False),
+    "peft 4x8": (4, 8, False),
+    "peft 32x1": (32, 1, False),
+    "peft 32x1 padding-free bf16": (32, 1, True),
+}
+REFERENCE = "peft 8x4"
+SAMPLES, EFFECTIVE_BATCH, SEED = 7473, 32, 0
+LR = 1e-6  # random weights must not run away in the thousand steps this may take
+NOTE = """\
+Training speed, random weights, GSM8K's lengths, effective batch 32 (`make benchmark-training`).
+Tokens are real, unpadded ones; `x peft 8x4` is the ratio to PEFT's LoRA under the HF Trainer in the
+same run; MFU is against a matrix product measured in the same run; start is what the first steps
+took beyond a steady step, compilation for the most part. Records: `training.json`."""
+
+
+@dataclass
+class Options:
+    shape: str | None = setting(None, "llama3_8b, llama3_1b or tiny; null: all of this machine")
+    rank: int = setting(32, "R, where a shape is given")
+    methods: list[str] = setting(["matryoshka", "nested_dropout"], "of this project")
+    baselines: list[str] = setting(list(BASELINES), "settings of PEFT under the HF Trainer")
+    seconds: float = setting(60.0, "of steady state of the first method; of the others a quarter")
+    warmup: int = setting(10, "steps left out at the beginning of each")
+    compile: bool = setting(True, "trainer.compile, where there is a GPU")
+    cuda_graphs: bool = setting(False, "trainer.cuda_graphs, where there is a GPU")
+    output: str = setting("results/benchmarks", "folder of record and table")
+
+
+def check(options: Options) -> None:
+    """Raises ValueError for what cannot be measured."""
+    for key, given, allowed in (
+        ("shape", [options.shape] if options.shape else [], SHAPES),
+        ("methods", options.methods, METHODS),
+        ("baselines", options.baselines, BASELINES),
+    ):
+        if unknown := [name for name in given if name not in allowed]:
+            raise ValueError(f"{key}={unknown[0]} is unknown; allowed: {', '.join(allowed)}")
+    if not options.methods or options.seconds <= 0 or options.warmup < 1:
+        raise ValueError("give at least one method, seconds above 0 and a warmup of 1 or more")
+
+
+@dataclass
+class Clock:
+    """Measures the steps after the first `warmup` until `seconds` are full."""
+
+    device: torch.device
+    tokens: Sequence[int]
+    """Of each step."""
+    warmup: int
+    seconds: float
+    began: float = field(default_factory=time.perf_counter)
+    first: int = 0
+    started: float = 0.0
+
+    def tick(self, queued: int) -> dict[str, Any] | None:
+        """To be called when `queued` steps were handed to the device; the figures at the end."""
+        if queued < self.warmup or (
+            self.first and time.perf_counter() - self.started < self.seconds
+        ):
+            return None
+        synchronize(self.device)
+        now = time.perf_counter()
+        if not self.first:
+            self.first, self.started = queued, now
+            return None
+        steps, spent = queued - self.first, now - self.started
+        return {
+            "tokens_per_second": sum(self.tokens[self.first : queued]) / spent,
+            "steps": steps,
+            "seconds": spent,
+            "start_seconds": self.started - self.began - self.first * spent / steps,
+            "peak_gib": peak_gib(self.device),
+        }
+
+
+class _Measured(Exception):
+    """Ends a training that goes on for longer than is needed."""
+
+
+def measure_ours(config: Config, examples: Sequence[Example], clock: Clock) -> dict[str, Any]:
+    """This project's own loop, as `train.py` runs it."""
+    model = load_model(config.model, clock.device)
+    spec = adapter_spec_of(config)
+    add_adapters(model, spec, LLAMA_TARGETS, dtype=DTYPES[config.adapter.dtype])
+    fill_factors(model)
+    reset_peak(clock.device)
+    clock.began = time.perf_counter()
+
+    def on_step(row: dict[str, Any]) -> None:
+        # A row is read when the step after it was handed out.
+        if figures := clock.tick(row["step"] + 2):
+            raise _Measured(figures)
+
+    accelerator = Accelerator(mixed_precision="no", cpu=clock.device.type == "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            method = build_method(config)
+            fit(model, examples, method, config, Path(folder), accelerator, on_step)
+        except _Measured as measured:
+            return measured.args[0] | {"model_flops": training_flops(model, examples)}
+    raise AssertionError("the training was too short to be measured")
+
+
+def measure_peft(
+    config: Config, examples: Sequence[Example], clock: Clock, layout: tuple[int, int, bool]
+) -> dict[str, Any]:
+    """PEFT's LoRA under the HF Trainer on the same examples in the same order.
+
+    The adapters are float32 under autocast, PEFT's default on a bf16 base; in the padding-free
+    setting all is bf16, and the attention is this project's, since flash-attn is not required.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    samples, accumulate, padding_free = layout
+    lora = LoraConfig(
+        r=config.adapter.rank, lora_alpha=config.adapter.rank, target_modules=LLAMA_TARGETS
+    )
+    base = load_model(config.model, clock.device)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=not padding_free)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    if padding_free:
+        base.set_attn_implementation(PACKED)
+    reset_peak(clock.device)
+    half = DTYPES[config.model.dtype] == torch.bfloat16
+    found: dict[str, Any] = {}
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if figures := clock.tick(state.global_step):
+                found.update(figures)
+                control.should_training_stop = True
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+            assert self.train_dataset is not None
+            return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    order = [i for step in range(len(clock.tokens)) for i in ids_of(step)]
+    rows = [examples[i] for i in order]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=samples,
+            gradient_accumulation_steps=accumulate,
+            max_steps=len(clock.tokens),
+            learning_rate=LR,
+            max_grad_norm=1.0,
+            bf16=half and not padding_free,
+            optim="adamw_torch_fused" if clock.device.type == "cuda" else "adamw_torch",
+            use_cpu=clock.device.type == "cpu",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        trainer = InOrder(
+            model=model,
+            args=arguments,
+            train_dataset=[features(row) for row in rows],
+            data_collator=flatten if padding_free else pad,
+            callbacks=[Ticks()],
+        )
+        clock.began = time.perf_counter()
+        trainer.train()
+    assert found, "the training was too short to be measured"
+    return found
+
+
+def features(example: Example) -> dict[str, Any]:
+    """What the HF Trainer takes: token ids, and labels with the prompt masked."""
+    tokens, prompt = list(example.tokens), example.prompt_length
+    return {"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]}
+
+
+def pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch padded to its longest row."""
+    ids, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+
+
+def ids_of(step: int) -> np.ndarray:
+    """The examples of a step, the same for all."""
+    return batch_ids(SEED, step, SAMPLES, EFFECTIVE_BATCH)
+
+
+def free() -> None:
+    """Give back what the system measured before has left."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(options: Options) -> None:
+    """Measure one shape and merge its entry into the record."""
+    assert options.shape is not None
+    name, dtype = SHAPES[options.shape]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = Config(seed=SEED)
+    config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
+    config.adapter.rank = options.rank
+    trainer = config.trainer
+    trainer.lr, trainer.effective_batch, trainer.epochs = LR, EFFECTIVE_BATCH, 20
+    trainer.save_every = 10**9
+    if device.type == "cuda":
+        trainer.compile, trainer.cuda_graphs = options.compile, options.cuda_graphs
+    validate(config)
+    vocabulary = load_model(config.model, torch.device("meta")).config.vocab_size
+    examples = random_examples(gsm8k_lengths(SAMPLES, SEED), vocabulary, SEED)
+    steps = 20 * -(-SAMPLES // EFFECTIVE_BATCH)
+    tokens = [sum(len(examples[i].tokens) for i in ids_of(step)) for step in range(steps)]
+    ceiling = matmul_rate(device, DTYPES[dtype])
+    logger.info("%s R=%d: matrix product %.1f TFLOP/s", name, options.rank, ceiling / 1e12)
+    systems: dict[str, dict[str, Any]] = {}
+    for index, system in enumerate([*options.methods, *options.baselines]):
+        clock = Clock(device, tokens, options.warmup, options.seconds / (4 if index else 1))
+        try:
+            if system in BASELINES:
+                figures = measure_peft(config, examples, clock, BASELINES[system])
+            else:
+                config.method.name = system
+                figures = measure_ours(config, examples, clock)
+        except torch.OutOfMemoryError as error:
+            figures = {"error": str(error).splitlines()[0]}
+        systems[system] = figures
+        logger.info("%s: %s", system, figures)
+        free()
+    entry = {"options": asdict(options), "matmul_flops": ceiling, "systems": systems}
+    entries = merge_entry(Path(options.output), "training", key_of(options), entry)
+    print(write_table(Path(options.output), "training", entries, table_rows, NOTE))
+
+
+def key_of(options: Options) -> str:
+    """Which entry of the record a measurement is."""
+    return f"{options.shape}-r{options.rank}"
+
+
+def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of the table for each system of an entry."""
+    systems = entry["systems"]
+    flops = next(x["model_flops"] for x in systems.values() if "model_flops" in x)
+    reference = systems.get(REFERENCE, {}).get("tokens_per_second")
+    rows = []
+    for name, x in systems.items():
+        speed = x.get("tokens_per_second")
+        gib = x.get("peak_gib")
+        rows.append(
+            {
+                "shape": key,
+                "system": name,
+                "tokens/s": f"{speed:,.0f}" if speed else f"({x['error'].partition('.')[0]})",
+                f"x {REFERENCE}": f"{speed / reference:.2f}" if speed and reference else "",
+                "MFU": f"{100 * speed * flops / entry['matmul_flops']:.0f} %" if speed else "",
+                "peak GiB": f"{gib:.1f}" if gib else "",
+                "start s": f"{x['start_seconds']:.0f}" if speed else "",
+                "steps": str(x.get("steps", "")),
+            }
+        )
+    return rows
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(Options, arguments)
+    check(options)
+    if options.shape is not None:
+        measure(options)
+        return 0
+    return run_each(__file__, ENTRIES, arguments)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
+    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        with exit_with_one_line():
+            sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""The training benchmark: its inputs, its clock, its arithmetic, and one run of all systems."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TARGETS, small_llama
+
+from matryoshka_lora.adapters import AdapterSpec, add_adapters
+from matryoshka_lora.benchmarks import gsm8k_lengths, training_flops
+from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.data import Example
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark_training as script  # noqa: E402
+
+
+def test_drawn_lengths_are_those_of_gsm8k():
+    lengths = gsm8k_lengths(7473)
+    both = lengths.sum(1)
+    np.testing.assert_allclose(lengths.mean(0), (63, 101), rtol=0.02)
+    np.testing.assert_allclose([np.median(both), np.quantile(both, 0.95)], (154, 275), rtol=0.05)
+    assert both.max() <= 464 and lengths.min() > 0
+    assert np.array_equal(lengths[:9], gsm8k_lengths(7473)[:9])
+
+
+def test_operations_are_counted_as_by_hand():
+    model = small_llama()
+    add_adapters(model, AdapterSpec(4, "none", (1.0,) * 4, False), TARGETS)
+    examples = [Example(tuple(range(10)), 4), Example(tuple(range(6)), 4)]
+    # Two layers of width 32, keys and values of 16, MLP of 48; 64 tokens in the vocabulary.
+    frozen = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    factors = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    head = 64 * 32 * (6 + 2) / 16
+    attention = 6 * 32 * 2 * (100 + 36) / 16
+    expected = 4 * frozen + 6 * factors + 4 * head + attention
+    assert training_flops(model, examples) == pytest.approx(expected)
+
+
+def test_the_clock_leaves_out_the_first_steps(monkeypatch):
+    now = iter([100.0, 103.0, 105.5, 106.0])
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(now))
+    clock = script.Clock(torch.device("cpu"), [1, 1, 7, 8, 9], warmup=2, seconds=5.0, began=90.0)
+    assert [clock.tick(queued) for queued in (1, 2, 3)] == [None] * 3
+    assert clock.tick(4) == {
+        "tokens_per_second": (7 + 8) / 6,
+        "steps": 2,
+        "seconds": 6.0,
+        "start_seconds": 10.0 - 2 * 3.0,  # two steps of it are no warm-up
+        "peak_gib": None,
+    }
+
+
+def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "SAMPLES", 12)
+    monkeypatch.setattr(script, "EFFECTIVE_BATCH", 2)
+    monkeypatch.setattr(script, "BASELINES", {"peft 1x2": (1, 2, False), "free": (2, 1, True)})
+    monkeypatch.setattr(script, "REFERENCE", "peft 1x2")
+    monkeypatch.setattr(script, "matmul_rate", lambda *_: 1e12)
+    options = ["shape=tiny", "seconds=0.2", "warmup=1", f"output={tmp_path}"]
+    assert script.main([*options, "rank=2", "methods=[lora]", "baselines=[]"]) == 0
+    chosen = ["methods=[lora,nested_dropout]", "baselines=[peft 1x2,free]"]
+    assert script.main([*options, "rank=4", *chosen]) == 0
+    entries = json.loads((tmp_path / "training.json").read_text())["entries"]
+    assert set(entries) == {"tiny-r2", "tiny-r4"}
+    systems = entries["tiny-r4"]["systems"]
+    assert list(systems) == ["lora", "nested_dropout", "peft 1x2", "free"]
+    assert all(x["tokens_per_second"] > 0 and x["steps"] > 0 for x in systems.values())
+    table = (tmp_path / "training.md").read_text()
+    assert table.count("tiny-r4") == 4 and table.count("tiny-r2") == 1
+    (row,) = [r for r in script.table_rows("k", entries["tiny-r4"]) if r["system"] == "lora"]
+    speed, reference = (systems[name]["tokens_per_second"] for name in ("lora", "peft 1x2"))
+    assert row["x peft 1x2"] == f"{speed / reference:.2f}"
+    assert row["MFU"] == f"{100 * speed * systems['lora']['model_flops'] / 1e12:.0f} %"
+    assert table.splitlines()[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("shape=llama", "shape=llama is unknown; allowed: llama3_8b"),
+        ("methods=[lora,dora]", "methods=dora is unknown"),
+        ("seconds=0", "seconds above 0"),
+        ("sedonds=1", "sedonds"),
+    ],
+)
+def test_mistakes_give_one_line(argument, message, capsys):
+    with pytest.raises(SystemExit), exit_with_one_line():
+        script.main([argument])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
