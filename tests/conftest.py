@@ -4,17 +4,19 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-# The suite must pass where there is no network: nothing may even try.
+# The suite must pass where there is no network: nothing may even try. Before the imports below,
+# because the hub's client reads this once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Small work on several threads is slower than on one, far so on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
 torch.set_num_threads(1)
 
 # A suite started in the background ignores SIGINT, and so would the commands whose end it tests.

@@ -9,7 +9,11 @@ from conftest import ROOT
 from test_pipeline import records, small_config
 from tiny_lm import write_data
 
+from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.pipeline import run
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import evaluate as script  # noqa: E402
 
 
 def evaluate(*arguments):
@@ -66,8 +70,10 @@ def test_rows_are_added_never_lost_or_doubled(trained, tmp_path):
         (["run=/nowhere", "eval=gsm8k"], "run=/nowhere holds no record.json"),
     ],
 )
-def test_mistakes_give_one_line(trained, arguments, message):
+def test_mistakes_give_one_line(trained, arguments, message, capsys):
     ((path, _),) = records(trained).items()
-    done = evaluate(*(argument.format(run=path.parent) for argument in arguments))
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end, exit_with_one_line():
+        script.main([argument.format(run=path.parent) for argument in arguments])
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed

@@ -11,9 +11,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.pipeline import RECORD, run
 from matryoshka_lora.records import read_record, write_record
 
@@ -36,6 +39,14 @@ def train(folder, *overrides, flags=(), check=True, timeout=300):
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def run_here(folder, *overrides):
+    """What `train` does with the same arguments, in this process, which has torch loaded."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        node = compose("train", [f"output_dir={folder}", *SMALL, *overrides])
+    return run(build_config(node))
 
 
 def records(folder):
@@ -134,10 +145,11 @@ def test_force_makes_the_run_again(tmp_path):
     [("llama3_8b", 32, "83,886,080"), ("llama3_8b", 256, "671,088,640")]
     + [("llama3_1b", 32, "22,544,384")],
 )
-def test_a_dry_run_counts_and_stops(tmp_path, model, rank, count):
+def test_a_dry_run_counts_and_stops(tmp_path, model, rank, count, capsys):
     options = ("dataset=arithmetic", "model.random_weights=true", "trainer.dry_run=true")
-    done = train(tmp_path, f"model={model}", *options, f"adapter.rank={rank}")
-    assert f"{count} trainable" in done.stdout and "steps: 4" in done.stdout
+    assert run_here(tmp_path, f"model={model}", *options, f"adapter.rank={rank}") is None
+    printed = capsys.readouterr().out
+    assert f"{count} trainable" in printed and "steps: 4" in printed
     assert not (tmp_path / "runs").exists()
 
 
@@ -159,13 +171,23 @@ def test_held_out_loss(tmp_path):
         ("model.name=nobody/nothing", "set model.path=FOLDER"),
     ],
 )
-def test_mistakes_give_one_line_before_training(tmp_path, override, message):
-    done = train(tmp_path, override, check=False)
+def test_mistakes_give_one_line_before_training(tmp_path, override, message, capsys):
+    with pytest.raises(SystemExit) as end, exit_with_one_line():
+        run_here(tmp_path, override)
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_ends_with_one_line(tmp_path):
+    done = train(tmp_path, "adapter.targets=[q_proj,x_proj]", check=False)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert message in line
+    assert "['x_proj'] match no module" in line
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs").exists()
 
 
 def start(folder, *overrides):
