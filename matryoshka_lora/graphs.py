@@ -4,13 +4,10 @@ A forward of a small model is thousands of short kernels, which take longer to l
 than to run. A graph launches all of them at once.
 """
 
-import logging
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 Function = Callable[[], Tensor]
 
@@ -33,8 +30,7 @@ class Graphs:
 
     The first call runs as it is, which is when layers compile and libraries set themselves up. All
     that a function reads and leaves behind must stay where it is between calls, and its result is
-    good until the next call. A function that cannot be captured, because it waits for the device or
-    for want of memory, is named in the log, and everything runs as it is from then on.
+    good until the next call.
     """
 
     def __init__(self, capture: Callable[[Function, object], Function] = cuda_capture) -> None:
@@ -42,19 +38,31 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if capture is cuda_capture else None
         self._seen: set[Hashable] = set()
         self._replays: dict[Hashable, Function] = {}
-        self._off = False
 
     def __call__(self, key: Hashable, function: Function) -> Tensor:
-        """key: stands for the function and for the sizes of all that it works on."""
-        if self._off or key not in self._seen:
+        """key: stands for the function and for the sizes of all that it works on.
+
+        Raises ValueError for what cannot be captured, such as a function that waits for the device.
+        """
+        if key not in self._seen:
             self._seen.add(key)
             return function()
         if key not in self._replays:
             try:
                 self._replays[key] = self._capture(function, self._pool)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                logger.warning("going on without CUDA graphs: %s", str(error).partition("\n")[0])
-                self._off = True
-                self._replays.clear()
-                return function()
+                # The device stays in the middle of the capture, so there is no going on without.
+                raise ValueError(
+                    f"this model cannot be captured as a CUDA graph ({_cause(error)}); set "
+                    "trainer.cuda_graphs=false and eval.cuda_graphs=false"
+                ) from error
         return self._replays[key]()
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what failed first: the end of a failed capture fails, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]

@@ -162,7 +162,7 @@ def run(config: Config) -> Record | None:
                 raise ValueError(
                     f"{str(error).splitlines()[0]} Lower trainer.max_tokens "
                     f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
-                    "trainer.gradient_checkpointing=true"
+                    "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
                 ) from error
             if main:
                 save_adapter(folder / ADAPTER, model, _adapter_metadata(config, inputs))

@@ -327,7 +327,7 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
         **figures(seconds, len(jobs), hf_seconds, len(sample), prompts, tokens),
         "hf_sample": f"{len(sample)} documents at 1 point",
         "hf_batch_size": options.batch_size,
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak_gib(device, options.cuda_graphs),
         "matmul_flops": ceiling,
     }
     return {f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}": entry}
@@ -404,7 +404,7 @@ def measure_task(
     synchronize(model.device)
     assert recorder.began is not None, "a new folder lacks everything"
     seconds = time.perf_counter() - recorder.began
-    peak = peak_gib(model.device)
+    peak = peak_gib(model.device, options.cuda_graphs)
     logger.info("%s %d-shot: %.1f s for all points", task.name, task.shots, seconds)
     small = config.model.name == "tiny" and model.device.type == "cpu"
     count = min(options.baseline_points or (len(plan.points) if small else 3), len(plan.points))

@@ -116,6 +116,7 @@ class Clock:
     """Of each step."""
     warmup: int
     seconds: float
+    graphs: bool = False
     began: float = field(default_factory=time.perf_counter)
     first: int = 0
     started: float = 0.0
@@ -137,7 +138,7 @@ class Clock:
             "steps": steps,
             "seconds": spent,
             "start_seconds": self.started - self.began - self.first * spent / steps,
-            "peak_gib": peak_gib(self.device),
+            "peak_gib": peak_gib(self.device, self.graphs),
         }
 
 
@@ -296,6 +297,7 @@ def measure(options: Options) -> None:
                 figures = measure_peft(config, examples, clock, BASELINES[system])
             else:
                 config.method.name = system
+                clock.graphs = trainer.cuda_graphs
                 figures = measure_ours(config, examples, clock)
         except torch.OutOfMemoryError as error:
             figures = {"error": str(error).splitlines()[0]}

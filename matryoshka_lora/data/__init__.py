@@ -237,6 +237,7 @@ def pack(
     return PackedBatch(
         tokens=torch.tensor([tokens]),
         lengths=tuple(lengths),
-        label_rows=torch.tensor(rows + [0] * missing),
+        # Each its own row, because gradients of one row are added up one after the other.
+        label_rows=torch.tensor(rows + [i % len(tokens) for i in range(missing)]),
         labels=torch.tensor(labels + [IGNORED] * missing),
     )

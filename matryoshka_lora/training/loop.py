@@ -100,7 +100,9 @@ def fit(
         for layer in list(decoder_layers(model))[1:]:
             layer.compile(dynamic=True)
     graphs = None
-    if settings.cuda_graphs and device.type == "cuda":
+    # Sharded weights are gathered anew in each forward, so they are in no fixed place.
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if settings.cuda_graphs and device.type == "cuda" and not sharded:
         graphs = Graphs()
         for parameter in parameters:  # a graph adds to gradients that stay where they are
             parameter.grad = torch.zeros_like(parameter)
@@ -180,13 +182,18 @@ def fit(
                     save_checkpoint(folder / "checkpoints", done, state)
                 saving = time.monotonic() - saved
         log.flush()
+    optimizer.zero_grad(set_to_none=True)
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     if settings.compile:
         for layer in decoder_layers(model):
             layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    peak = None
+    if device.type == "cuda":
+        # Graphs keep what they work on, which does not count as allocated while none runs.
+        measure = torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated
+        peak = measure(device) / 2**30
     return log.summary(peak)
 
 

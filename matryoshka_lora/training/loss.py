@@ -35,6 +35,7 @@ def batch_loss(
     positions only, the softmax in float32 or higher. In packed rows the caller must have
     `packed_attention` in place.
     """
+    diagonals = diagonals.to(model.device)
     if packed:
         single = diagonals.dim() == 1
         choice = np.zeros(1, dtype=np.int64) if single else np.arange(len(examples))
