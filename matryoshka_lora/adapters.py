@@ -97,10 +97,11 @@ class AdapterLinear(nn.Linear):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.lora_A.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + F.linear(
-            h * self.p.to(h), self.lora_B.to(x.dtype)
-        )
+        h = F.linear(x, self.lora_A.to(x.dtype)) * self.p.to(x)
+        # The last product is added in place, which saves a pass over y and the memory of another.
+        y = F.linear(x.flatten(0, -2), self.weight, self.bias)
+        y.addmm_(h.flatten(0, -2), self.lora_B.to(x.dtype).t())
+        return y.unflatten(0, x.shape[:-1])
 
 
 def init_bound(init: str, in_features: int, rank: int) -> float:
