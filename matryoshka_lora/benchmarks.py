@@ -149,17 +149,6 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_gib(device: torch.device, graphs: bool = False) -> float | None:
-    """The most memory that torch had in use since it was last reset; None on a CPU.
-
-    graphs: what CUDA graphs keep for themselves counts, and with it what is held and not in use.
-    """
-    if device.type != "cuda":
-        return None
-    measure = torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated
-    return measure(device) / 2**30
-
-
 def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Put `entry` into `<folder>/<benchmark>.json` in place of one of the same key; all entries.
 

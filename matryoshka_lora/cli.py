@@ -34,6 +34,7 @@ def exit_with_one_line() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
+        _leave_processes()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)
@@ -52,6 +53,16 @@ def exit_with_one_line() -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _leave_processes() -> None:
+    """End this process's group, whose threads would now and then abort it at its end.
+
+    Only after success: one that failed would wait here for the others.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """One run: build model, adapters, data; train; read the adapter at every rank; write the record."""
 
-import atexit
 import dataclasses
 import json
 import logging
@@ -235,9 +234,6 @@ def make_accelerator() -> Accelerator:
             f"the launcher started {started} processes, but accelerate sees "
             f"{accelerator.num_processes}; use a file of configs/accelerate"
         )
-    if started > 1:
-        # A process whose group still has threads when it ends is now and then aborted.
-        atexit.register(accelerator.end_training)
     if not accelerator.is_main_process:
         logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
     return accelerator

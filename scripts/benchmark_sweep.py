@@ -51,7 +51,6 @@ from matryoshka_lora.benchmarks import (
     matmul_rate,
     merge_entry,
     parse,
-    peak_gib,
     reset_peak,
     run_each,
     synchronize,
@@ -75,6 +74,7 @@ from matryoshka_lora.pipeline import (
     make_accelerator,
 )
 from matryoshka_lora.records import read_record
+from matryoshka_lora.training.loop import peak_gib
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
 

@@ -40,7 +40,6 @@ from matryoshka_lora.benchmarks import (
     matmul_rate,
     merge_entry,
     parse,
-    peak_gib,
     random_examples,
     reset_peak,
     run_each,
@@ -54,6 +53,7 @@ from matryoshka_lora.data import Example
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.training import fit
+from matryoshka_lora.training.loop import peak_gib
 from matryoshka_lora.training.plan import batch_ids
 
 logger = logging.getLogger("matryoshka_lora.benchmark")

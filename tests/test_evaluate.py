@@ -1,5 +1,6 @@
 """scripts/evaluate.py adds rows to a finished run."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from tiny_lm import write_data
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.pipeline import run
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate as script  # noqa: E402
+# Not imported by its name, which is that of an installed package, too.
+spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
 
 
 def evaluate(*arguments):

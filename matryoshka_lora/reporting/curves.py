@@ -36,6 +36,7 @@ _NOT_A_VARIANT = {
     "trainer.save_every",
     "trainer.gradient_checkpointing",
     "trainer.compile",
+    "trainer.cuda_graphs",
     "trainer.dry_run",
 }
 # Settings that only one method reads.

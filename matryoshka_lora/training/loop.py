@@ -189,12 +189,18 @@ def fit(
     if settings.compile:
         for layer in decoder_layers(model):
             layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
-    peak = None
-    if device.type == "cuda":
-        # Graphs keep what they work on, which does not count as allocated while none runs.
-        measure = torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated
-        peak = measure(device) / 2**30
-    return log.summary(peak)
+    return log.summary(peak_gib(device, graphs is not None))
+
+
+def peak_gib(device: torch.device, graphs: bool = False) -> float | None:
+    """The most memory that torch had in use since it was last reset; None on a CPU.
+
+    graphs: what CUDA graphs keep for themselves counts, and with it what is held and not in use.
+    """
+    if device.type != "cuda":
+        return None
+    measure = torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated
+    return measure(device) / 2**30
 
 
 def packed_backward(
