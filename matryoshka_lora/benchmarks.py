@@ -143,12 +143,6 @@ def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float
     return float(4 * frozen + 6 * factors + 4 * head * labels + attention)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Forget the memory that what came before took."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Put `entry` into `<folder>/<benchmark>.json` in place of one of the same key; all entries.
 

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,18 @@ def exit_with_one_line() -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def run_script(main: Callable[[list[str]], int | None], description: str | None) -> None:
+    """What a script of `scripts/` does with its arguments: show `description`, or run `main`."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
+    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(description)
+    else:
+        with exit_with_one_line():
+            code = main(sys.argv[1:])
+        sys.exit(code)
 
 
 def _leave_processes() -> None:

@@ -20,7 +20,6 @@ The clock runs from the first forward to the last scored answer. Each entry is m
 
 import json
 import logging
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -51,12 +50,11 @@ from matryoshka_lora.benchmarks import (
     matmul_rate,
     merge_entry,
     parse,
-    reset_peak,
     run_each,
     synchronize,
     write_table,
 )
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import Config, build_config, nearest, setting, validate
 from matryoshka_lora.diagonals import powers_of_two
 from matryoshka_lora.evaluation.batched import BatchedEngine
@@ -74,7 +72,7 @@ from matryoshka_lora.pipeline import (
     make_accelerator,
 )
 from matryoshka_lora.records import read_record
-from matryoshka_lora.training.loop import peak_gib
+from matryoshka_lora.training.loop import peak_gib, reset_peak
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
 
@@ -535,10 +533,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
-    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with exit_with_one_line():
-            sys.exit(main(sys.argv[1:]))
+    run_script(main, __doc__)

@@ -11,7 +11,6 @@ is written anew. Without a GPU the embedded shape stands in, which says nothing 
 
 import gc
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -41,19 +40,18 @@ from matryoshka_lora.benchmarks import (
     merge_entry,
     parse,
     random_examples,
-    reset_peak,
     run_each,
     synchronize,
     training_flops,
     write_table,
 )
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
 from matryoshka_lora.data import Example
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.training import fit
-from matryoshka_lora.training.loop import peak_gib
+from matryoshka_lora.training.loop import peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
@@ -348,10 +346,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
-    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with exit_with_one_line():
-            sys.exit(main(sys.argv[1:]))
+    run_script(main, __doc__)

@@ -6,15 +6,13 @@
 Takes eval=, eval.*= and model.path= as train.py does; everything else is the run's own.
 """
 
-import logging
-import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.pipeline import RECORD, evaluate_run
 from matryoshka_lora.records import read_record
@@ -46,10 +44,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
-    logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with exit_with_one_line():
-            main(sys.argv[1:])
+    run_script(main, __doc__)

@@ -39,7 +39,7 @@ def test_filling_up_changes_neither_loss_nor_gradients(method):
     for sizes in ((1, 1), (64, 32)):
         batch = packed_batch(examples, choice, sizes)
         with packed_attention(model):
-            loss = packed_loss(model, batch, chosen.diagonals)
+            loss = packed_loss(model, batch, chosen.diagonals, 64)
             grads = torch.autograd.grad(loss, list(adapter_parameters(model).values()))
         results.append((loss.item(), torch.cat([g.flatten() for g in grads])))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-12)

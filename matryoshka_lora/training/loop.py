@@ -111,8 +111,7 @@ def fit(
         backward = packed_backward(model, bank, config, graphs)
     else:
         backward = padded_backward(model, bank)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     began = saved = time.monotonic()
     saving = 0.0
     model.train()
@@ -192,6 +191,12 @@ def fit(
     return log.summary(peak_gib(device, graphs is not None))
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget the memory that what came before took."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gib(device: torch.device, graphs: bool = False) -> float | None:
     """The most memory that torch had in use since it was last reset; None on a CPU.
 
@@ -223,7 +228,7 @@ def packed_backward(
         return part.detach()
 
     def backward(examples: Sequence[Example], choice: np.ndarray, weight: float) -> Tensor:
-        batch = packed_batch(examples, choice, round_to)
+        batch = packed_batch(examples, choice, round_to, longest)
         batch = on_device(batch | {"weight": torch.tensor(weight, dtype=torch.float64)}, device)
         if graphs is None:
             return run(batch)

@@ -40,7 +40,8 @@ def batch_loss(
         single = diagonals.dim() == 1
         choice = np.zeros(1, dtype=np.int64) if single else np.arange(len(examples))
         batch = on_device(packed_batch(examples, choice), model.device)
-        return packed_loss(model, batch, diagonals[None] if single else diagonals)
+        longest = max(len(example.tokens) for example in examples)
+        return packed_loss(model, batch, diagonals[None] if single else diagonals, longest)
     batch_of = pack(examples)
     lengths = torch.tensor(batch_of.lengths)
     mask = torch.arange(max(batch_of.lengths))[None] < lengths[:, None]
@@ -56,18 +57,22 @@ def batch_loss(
 
 
 def packed_batch(
-    examples: Sequence[Example], choice: np.ndarray, round_to: tuple[int, int] = (1, 1)
+    examples: Sequence[Example],
+    choice: np.ndarray,
+    round_to: tuple[int, int] = (1, 1),
+    max_length: int | None = None,
 ) -> dict[str, Tensor]:
     """The tensors that `packed_loss` takes, on the CPU; T tokens, N labels, D documents.
 
     choice: which diagonal each example has, (len(examples),), or one for all, (1,).
     round_to: multiples that T and N are filled up to, see `pack`.
+    max_length: what no document may be longer than.
 
     tokens and positions (1, T); bounds (D + 1,) int32, where each document starts and ends;
     label_rows and labels (N,); choice (T,) or (1,).
     """
     batch = pack(examples, *round_to)
-    inputs = packed_inputs(batch.lengths, "cpu")
+    inputs = packed_inputs(batch.lengths, "cpu", max_length)
     if len(choice) > 1:
         # Padding behind the examples takes any of them.
         padded = np.append(choice, choice[-1:].repeat(len(batch.lengths) - len(choice)))
@@ -93,17 +98,15 @@ def packed_loss(
     model: PreTrainedModel,
     batch: Mapping[str, Tensor],
     diagonals: Tensor,
-    max_length: int | None = None,
+    max_length: int,
     label_loss: LabelLoss = label_loss,
 ) -> Tensor:
     """`batch_loss` of a `packed_batch`; waits for nothing, so that it can be captured.
 
     diagonals: (K, R), what `choice` chooses from. max_length: an upper bound of the documents'
-    lengths, which compiled layers take for a constant; by default the longest one's is found.
+    lengths, which compiled layers take for a constant.
     """
     bounds = batch["bounds"]
-    if max_length is None:
-        max_length = int(bounds.diff().max())
     # (1, 1, R), or (1, T, R) with a diagonal for each token.
     set_diagonal(model, diagonals.index_select(0, batch["choice"])[None])
     logits = model(
