@@ -62,12 +62,12 @@ ENTRIES = {
     ],
     "cpu": ["shape=tiny rank=32"],
 }
-# (samples a forward, forwards a step, packed without padding and all in bf16).
+# (samples a forward, forwards a step, packed without padding and all in the base's dtype).
 BASELINES = {
     "peft 8x4": (8, 4, False),
     "peft 4x8": (4, 8, False),
     "peft 32x1": (32, 1, False),
-    "peft 32x1 padding-free bf16": (32, 1, True),
+    "peft 32x1 padding-free": (32, 1, True),
 }
 REFERENCE = "peft 8x4"
 SAMPLES, EFFECTIVE_BATCH, SEED = 7473, 32, 0
@@ -150,7 +150,6 @@ def measure_ours(config: Config, examples: Sequence[Example], clock: Clock) -> d
     spec = adapter_spec_of(config)
     add_adapters(model, spec, LLAMA_TARGETS, dtype=DTYPES[config.adapter.dtype])
     fill_factors(model)
-    reset_peak(clock.device)
     clock.began = time.perf_counter()
 
     def on_step(row: dict[str, Any]) -> None:
@@ -164,7 +163,7 @@ def measure_ours(config: Config, examples: Sequence[Example], clock: Clock) -> d
             method = build_method(config)
             fit(model, examples, method, config, Path(folder), accelerator, on_step)
         except _Measured as measured:
-            return measured.args[0] | {"model_flops": training_flops(model, examples)}
+            return measured.args[0]
     raise AssertionError("the training was too short to be measured")
 
 
@@ -174,7 +173,7 @@ def measure_peft(
     """PEFT's LoRA under the HF Trainer on the same examples in the same order.
 
     The adapters are float32 under autocast, PEFT's default on a bf16 base; in the padding-free
-    setting all is bf16, and the attention is this project's, since flash-attn is not required.
+    setting all has the base's dtype, and the attention is this project's: flash-attn is not required.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -281,8 +280,10 @@ def measure(options: Options) -> None:
     if device.type == "cuda":
         trainer.compile, trainer.cuda_graphs = options.compile, options.cuda_graphs
     validate(config)
-    vocabulary = load_model(config.model, torch.device("meta")).config.vocab_size
-    examples = random_examples(gsm8k_lengths(SAMPLES, SEED), vocabulary, SEED)
+    shape = load_model(config.model, torch.device("meta"))
+    add_adapters(shape, adapter_spec_of(config), LLAMA_TARGETS)
+    examples = random_examples(gsm8k_lengths(SAMPLES, SEED), shape.config.vocab_size, SEED)
+    flops = training_flops(shape, examples)
     steps = 20 * -(-SAMPLES // EFFECTIVE_BATCH)
     tokens = [sum(len(examples[i].tokens) for i in ids_of(step)) for step in range(steps)]
     ceiling = matmul_rate(device, DTYPES[dtype])
@@ -302,7 +303,12 @@ def measure(options: Options) -> None:
         systems[system] = figures
         logger.info("%s: %s", system, figures)
         free()
-    entry = {"options": asdict(options), "matmul_flops": ceiling, "systems": systems}
+    entry = {
+        "options": asdict(options),
+        "matmul_flops": ceiling,
+        "model_flops": flops,
+        "systems": systems,
+    }
     entries = merge_entry(Path(options.output), "training", key_of(options), entry)
     print(write_table(Path(options.output), "training", entries, table_rows, NOTE))
 
@@ -314,8 +320,7 @@ def key_of(options: Options) -> str:
 
 def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row of the table for each system of an entry."""
-    systems = entry["systems"]
-    flops = next(x["model_flops"] for x in systems.values() if "model_flops" in x)
+    systems, flops = entry["systems"], entry["model_flops"]
     reference = systems.get(REFERENCE, {}).get("tokens_per_second")
     rows = []
     for name, x in systems.items():
