@@ -173,7 +173,7 @@ def measure_peft(
     """PEFT's LoRA under the HF Trainer on the same examples in the same order.
 
     The adapters are float32 under autocast, PEFT's default on a bf16 base; in the padding-free
-    setting all has the base's dtype, and the attention is this project's: flash-attn is not required.
+    setting all has the base's dtype, and the attention is this project's, without flash-attn.
     """
     from peft import LoraConfig, get_peft_model
 
