@@ -33,6 +33,7 @@ SCHEMA = 1
 SHAPES = {
     "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
     "llama3_1b": ("meta-llama/Llama-3.2-1B-Instruct", "bfloat16"),
+    "smollm2_135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "bfloat16"),
     "tiny": ("tiny", "float32"),
 }
 """Name -> model and dtype."""

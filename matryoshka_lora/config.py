@@ -88,7 +88,7 @@ class TrainerConfig:
     )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     compile: bool = setting(False, "torch.compile each decoder layer but the first")
-    cuda_graphs: bool = setting(False, "replay forward and backward as CUDA graphs, on a GPU")
+    cuda_graphs: bool = setting(False, "replay packed forwards as CUDA graphs, on one GPU a model")
     dry_run: bool = setting(False, "print parameters, tokens, steps and memory, and stop")
 
 
@@ -99,7 +99,7 @@ class EvalConfig:
     rules: list[str] = setting(["prefix", "trained", "svd"], "inference rules")
     engine: str = setting("batched", "batched, or hf: lm-eval's own backend, the reference")
     batch_size: int = setting(32, "rows a batch has at most with engine hf")
-    cuda_graphs: bool = setting(False, "replay decoding steps as CUDA graphs, on a GPU")
+    cuda_graphs: bool = setting(False, "replay decoding steps as CUDA graphs (batched, on a GPU)")
     data_path: str | None = setting(None, "folder with local copies of the tasks' data")
     limit: int | None = setting(None, "only the first n documents of each task")
 
@@ -211,10 +211,6 @@ def validate(config: Config) -> None:
         raise ValueError("method.draw=micro_batch needs trainer.micro_batch, such as 8")
     for key in ("lr", "epochs", "effective_batch", "max_tokens", "clip_norm"):
         _positive(f"trainer.{key}", getattr(trainer, key))
-    if trainer.cuda_graphs and (trainer.gradient_checkpointing or not trainer.packed):
-        raise ValueError(
-            "trainer.cuda_graphs=true needs trainer.packed=true and no gradient_checkpointing"
-        )
     for key in ("max_steps", "micro_batch", "save_every"):
         _positive(f"trainer.{key}", getattr(trainer, key), optional=True)
     if not 0 <= trainer.weight_decay < math.inf:

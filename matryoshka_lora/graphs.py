@@ -26,27 +26,29 @@ def cuda_capture(function: Function, pool: object) -> Function:
 
 
 class Graphs:
-    """Calls functions, from the second call of a key on as graphs that share their memory.
+    """Calls functions as graphs that share their memory, one for each key.
 
-    The first call runs as it is, which is when layers compile and libraries set themselves up. All
-    that a function reads and leaves behind must stay where it is between calls, and its result is
-    good until the next call.
+    The first function of a kind runs as it is, which is when layers compile and libraries set
+    themselves up; all others are captured at once, so that no memory but the graphs' is needed for
+    them. All that a function reads and leaves behind must stay where it is between calls, and its
+    result is good until the next call.
     """
 
     def __init__(self, capture: Callable[[Function, object], Function] = cuda_capture) -> None:
         self._capture = capture
         self._pool = torch.cuda.graph_pool_handle() if capture is cuda_capture else None
-        self._seen: set[Hashable] = set()
+        self._kinds: set[Hashable] = set()
         self._replays: dict[Hashable, Function] = {}
 
-    def __call__(self, key: Hashable, function: Function) -> Tensor:
-        """key: stands for the function and for the sizes of all that it works on.
+    def __call__(self, kind: Hashable, sizes: Hashable, function: Function) -> Tensor:
+        """kind: of functions that run the same code; sizes: of all that this one works on.
 
         Raises ValueError for what cannot be captured, such as a function that waits for the device.
         """
-        if key not in self._seen:
-            self._seen.add(key)
+        if kind not in self._kinds:
+            self._kinds.add(kind)
             return function()
+        key = (kind, sizes)
         if key not in self._replays:
             try:
                 self._replays[key] = self._capture(function, self._pool)

@@ -60,7 +60,7 @@ from matryoshka_lora.diagonals import powers_of_two
 from matryoshka_lora.evaluation.batched import BatchedEngine
 from matryoshka_lora.evaluation.engine import Engine, Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine, harness_lm
-from matryoshka_lora.evaluation.sweep import plan_points, run_sweep
+from matryoshka_lora.evaluation.sweep import in_background, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES
 from matryoshka_lora.pipeline import (
@@ -100,7 +100,7 @@ Outputs = dict[tuple[Point, Request], Output]
 
 @dataclass
 class Options:
-    shape: str | None = setting(None, "llama3_8b, llama3_1b or tiny; null: all of this machine")
+    shape: str | None = setting(None, f"{', '.join(SHAPES)}; null: all of this machine")
     shots: int = setting(3, "examples in a prompt, for a shape")
     rank: int = setting(256, "R, for a shape")
     ranks: list[int] | None = setting(None, "ranks to read a shape at; null: powers of 2")
@@ -113,7 +113,7 @@ class Options:
     batch_sizes: list[int] = setting([8, 32, 64, 128], "of the HF backend to try, for a run")
     baseline_points: int | None = setting(None, "of a run, for HF; null: 3, tiny on a CPU: all")
     baseline_documents: int = setting(64, "that the HF backend answers at a point")
-    cuda_graphs: bool = setting(False, "eval.cuda_graphs, of the batched engine")
+    cuda_graphs: bool = setting(True, "eval.cuda_graphs, of the batched engine on a GPU")
     output: str = setting("results/benchmarks", "folder of record and table")
 
 
@@ -244,18 +244,19 @@ def answer(
     outputs: Outputs = {}
     synchronize(device)
     began = shown = time.perf_counter()
-    for index, output in engine.run(jobs):
-        point, request = jobs[index]
-        outputs[(point, request)] = output
-        key = (point, request.doc_id)
-        arrived.setdefault(key, {})[index] = output
-        if len(arrived[key]) == asked[key]:
-            of_document = [output for _, output in sorted(arrived.pop(key).items())]
-            lacking = len(task.document_requests(request.doc_id)) - len(of_document)
-            task.score(request.doc_id, of_document + [Output()] * lacking)
-        if time.perf_counter() - shown > PROGRESS_EVERY:
-            shown = time.perf_counter()
-            logger.info("%d of %d answers in %d s", len(outputs), len(jobs), shown - began)
+    with in_background() as later:
+        for index, output in engine.run(jobs):
+            point, request = jobs[index]
+            outputs[(point, request)] = output
+            key = (point, request.doc_id)
+            arrived.setdefault(key, {})[index] = output
+            if len(arrived[key]) == asked[key]:
+                of_document = [output for _, output in sorted(arrived.pop(key).items())]
+                lacking = len(task.document_requests(request.doc_id)) - len(of_document)
+                later(task.score, request.doc_id, of_document + [Output()] * lacking)
+            if time.perf_counter() - shown > PROGRESS_EVERY:
+                shown = time.perf_counter()
+                logger.info("%d of %d answers in %d s", len(outputs), len(jobs), shown - began)
     synchronize(device)
     return time.perf_counter() - began, outputs
 

@@ -59,7 +59,7 @@ def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, ca
     monkeypatch.setattr(script, "BASELINES", {"peft 1x2": (1, 2, False), "free": (2, 1, True)})
     monkeypatch.setattr(script, "REFERENCE", "peft 1x2")
     monkeypatch.setattr(script, "matmul_rate", lambda *_: 1e12)
-    options = ["shape=tiny", "seconds=0.2", "warmup=1", f"output={tmp_path}"]
+    options = ["shape=tiny", "seconds=0.2", "others=0.1", "warmup=1", f"output={tmp_path}"]
     assert script.main([*options, "rank=2", "methods=[lora]", "baselines=[]"]) == 0
     chosen = ["methods=[lora,nested_dropout]", "baselines=[peft 1x2,free]"]
     assert script.main([*options, "rank=4", *chosen]) == 0
@@ -82,7 +82,7 @@ def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, ca
     [
         ("shape=llama", "shape=llama is unknown; allowed: llama3_8b"),
         ("methods=[lora,dora]", "methods=dora is unknown"),
-        ("seconds=0", "seconds above 0"),
+        ("seconds=0", "seconds and others above 0"),
         ("sedonds=1", "sedonds"),
     ],
 )

@@ -84,9 +84,9 @@ def test_what_cannot_be_captured_is_an_error_that_names_the_cause():
             raise RuntimeError("the end of the capture fails, too")
 
     graphs = Graphs(refuse)
-    assert int(graphs("a", lambda: torch.tensor(7))) == 7
+    assert int(graphs("a", 1, lambda: torch.tensor(7))) == 7
     with pytest.raises(ValueError, match=r"\(operation not permitted.*capturing\); set trainer"):
-        graphs("a", lambda: torch.tensor(7))
+        graphs("a", 1, lambda: torch.tensor(7))
 
 
 def test_running_out_of_memory_stays_what_it_is():
@@ -94,9 +94,9 @@ def test_running_out_of_memory_stays_what_it_is():
         raise torch.OutOfMemoryError("none left")
 
     graphs = Graphs(refuse)
-    graphs("a", lambda: torch.tensor(7))
+    graphs("a", 1, lambda: torch.tensor(7))
     with pytest.raises(torch.OutOfMemoryError):
-        graphs("a", lambda: torch.tensor(7))
+        graphs("a", 1, lambda: torch.tensor(7))
 
 
 @pytest.mark.gpu

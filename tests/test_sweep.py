@@ -21,7 +21,13 @@ from matryoshka_lora.adapters import AdapterSpec, adapter_layers, at_rank
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
-from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep, samples_path
+from matryoshka_lora.evaluation.sweep import (
+    Plan,
+    in_background,
+    plan_points,
+    run_sweep,
+    samples_path,
+)
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.records import Row, decode_scores
 
@@ -514,3 +520,24 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
     for process in (0, 1):
         answered = result("lockstep-first", process)["answered"]
         assert len(answered) == len(alone.answered)
+
+
+def test_calls_in_the_background_keep_their_order_and_their_errors():
+    done = []
+
+    def call(number):
+        if number == 3:
+            raise OSError("no space left")
+        done.append(number)
+
+    with in_background() as later:
+        for number in range(3):
+            later(call, number)
+    assert done == [0, 1, 2]
+    with pytest.raises(OSError, match="no space left"), in_background() as later:
+        later(call, 3)
+    # What was handed over is done, also where the caller fails.
+    with pytest.raises(ValueError, match="mine"), in_background() as later:
+        later(call, 4)
+        raise ValueError("mine")
+    assert done == [0, 1, 2, 4]

@@ -38,10 +38,14 @@ STEPS_PER_CHECK = 8
 """Decoding steps between two looks of the host; on average a finished row idles for half."""
 CPU_SLOTS_BYTES = 512 * 2**20
 """Keys and values held on the CPU at most."""
-LIMITS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
+LIMITS = {"cpu": (512, 2048), "cuda": (4096, 65536)}
 """Per device: rows decoded together and tokens prefilled together, where nothing else is asked."""
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
-"""Per device: the logits of one prefill, in the model's dtype."""
+CUDA_PREFILL_NUMBERS = 2**26
+"""On CUDA a wide model prefills fewer tokens: tokens x hidden size at most."""
+CPU_LOGITS_BYTES = 64 * 2**20
+"""The logits of one prefill, in the model's dtype."""
+CUDA_LOGITS_SHARE = 1 / 32
+"""Likewise on CUDA, as a share of the device's memory."""
 LOGPROB_ROWS = 1024
 """Rows of logits that are turned to float32 at a time."""
 FLASH_TOLERANCE = 0.02
@@ -99,10 +103,16 @@ class BatchedEngine:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         refuse(model)
-        limits = LIMITS[model.device.type]
+        rows, tokens = LIMITS[model.device.type]
+        self.logits_bytes = CPU_LOGITS_BYTES
+        if model.device.type == "cuda":
+            width = model.config.get_text_config().hidden_size
+            tokens = min(tokens, max(CUDA_PREFILL_NUMBERS // width, 1))
+            memory = torch.cuda.get_device_properties(model.device).total_memory
+            self.logits_bytes = int(CUDA_LOGITS_SHARE * memory)
         self.model = model
-        self.max_rows = max_rows or limits[0]
-        self.max_tokens = max_tokens or limits[1]
+        self.max_rows = max_rows or rows
+        self.max_tokens = max_tokens or tokens
         # Sharded weights are gathered anew in each forward, so they are in no fixed place.
         self.cuda_graphs = cuda_graphs and model.device.type == "cuda" and not lockstep
         self.lockstep = lockstep
@@ -424,7 +434,7 @@ class Batch:
         taken: list[Group] = []
         tokens = kept = 0
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        most = LOGITS_BYTES[self.device.type] // (vocabulary * self.model.dtype.itemsize)
+        most = self.engine.logits_bytes // (vocabulary * self.model.dtype.itemsize)
         for g in islice(queue, rows):
             lengths = [len(self.requests[job].target) for job in g.endings]
             tokens += len(g.context) + sum(n - 1 for n in lengths)
@@ -498,7 +508,7 @@ class Batch:
                 token = self._step(rows, taken, min(longest + i, rows.slots.size))
             else:
                 step = partial(self._step, rows, taken, rows.slots.size)
-                token = rows.graphs(taken, step).clone()
+                token = rows.graphs("step", taken, step).clone()
             new.append(token[:n])
         # The only wait for the device in the round.
         return self._absorb(rows, np.arange(n), torch.stack(new, 1).cpu().numpy())
@@ -578,7 +588,7 @@ class Batch:
         # Hidden states and the inputs and outputs of attention and MLP, generously.
         numbers = 16 * config.hidden_size + 6 * config.intermediate_size
         needed = self.engine.max_tokens * numbers * self.model.dtype.itemsize
-        return int(0.92 * (free - needed - 4 * LOGITS_BYTES["cuda"]))
+        return int(0.92 * (free - needed - 2 * self.engine.logits_bytes))
 
     @torch.no_grad()
     def _probe(self) -> list[KeyShape]:

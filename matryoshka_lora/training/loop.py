@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -100,9 +100,11 @@ def fit(
         for layer in list(decoder_layers(model))[1:]:
             layer.compile(dynamic=True)
     graphs = None
-    # Sharded weights are gathered anew in each forward, so they are in no fixed place.
+    # Sharded weights are gathered anew in each forward, so they are in no fixed place; padded rows
+    # have too many shapes, and recomputing activations reads random states from the device.
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if settings.cuda_graphs and device.type == "cuda" and not sharded:
+    refused = sharded or not settings.packed or settings.gradient_checkpointing
+    if settings.cuda_graphs and device.type == "cuda" and not refused:
         graphs = Graphs()
         for parameter in parameters:  # a graph adds to gradients that stay where they are
             parameter.grad = torch.zeros_like(parameter)
@@ -191,9 +193,28 @@ def fit(
     return log.summary(peak_gib(device, graphs is not None))
 
 
+def values_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Any]]:
+    """A function that waits for what these tensors hold now, and for nothing asked for since."""
+    copies = {
+        name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
+    }
+    copied = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def values() -> dict[str, Any]:
+        if copied is not None:
+            copied.synchronize()
+        return {name: copy.tolist() for name, copy in copies.items()}
+
+    return values
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget the memory that what came before took."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -236,7 +257,8 @@ def packed_backward(
         fixed = static.setdefault(sizes, batch)
         for name, tensor in batch.items():
             fixed[name].copy_(tensor)
-        return graphs(sizes, lambda: run(fixed))
+        # One diagonal for all is compiled for itself.
+        return graphs(len(choice) > 1, sizes, lambda: run(fixed))
 
     return backward
 
@@ -375,8 +397,8 @@ def _update(
 class _StepLog:
     """`train.jsonl` and the progress line.
 
-    Values are read one step late, so that no step waits for the device: a non-finite loss is
-    noticed before the next checkpoint, at the latest one step after it came up.
+    Values are read one step late, so that the device always has a step to go on with: a non-finite
+    loss is noticed before the next checkpoint, at the latest one step after it came up.
     """
 
     def __init__(
@@ -393,7 +415,8 @@ class _StepLog:
             on_step,
         )
         self.rows: list[dict[str, Any]] = []
-        self.pending: tuple[int, list[int], dict[str, Tensor], dict[str, Any]] | None = None
+        self.pending: tuple[int, list[int], Callable[[], dict[str, Any]], dict[str, Any]] | None
+        self.pending = None
         self.shown = time.monotonic()
         self.file: Any = None
 
@@ -416,8 +439,10 @@ class _StepLog:
     def add(
         self, step: int, records: list[int], tensors: dict[str, Tensor], row: dict[str, Any]
     ) -> None:
+        # Asked for now: a copy that is asked for later comes behind the next step's work.
+        values = values_later(tensors)
         self.flush()
-        self.pending = (step, records, tensors, row)
+        self.pending = (step, records, values, row)
 
     def sync(self) -> None:
         """`flush`, and have all rows on the disk, so that no checkpoint is ahead of them."""
@@ -429,9 +454,9 @@ class _StepLog:
         """Read the values of the last step, write its row, show progress."""
         if self.pending is None:
             return
-        step, records, tensors, row = self.pending
+        step, records, values_of, row = self.pending
         self.pending = None
-        values: dict[str, Any] = {name: tensor.tolist() for name, tensor in tensors.items()}
+        values = values_of()
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise FloatingPointError(
                 f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
