@@ -179,7 +179,10 @@ def run(config: Config) -> Record | None:
             tracker.finish(record, figure)
     except Exception as error:
         if main:
-            record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+            record.error = f"{type(error).__name__}: {error}"
+            # What a finished run has stays of use, whatever becomes of further points.
+            if record.status != "finished":
+                record.status = "failed"
             try:
                 write_record(folder / RECORD, record)
             except (OSError, ValueError) as other:  # the disk, or the record, may be what failed
@@ -483,7 +486,8 @@ def _open_record(
         old = read_record(path)
         # Where it was trained stays; what it is evaluated with now is added to what it has.
         old.config["eval"] = fresh.config["eval"]
-        old.status = "training" if old.training is None else "evaluating"
+        if old.status != "finished":
+            old.status = "training" if old.training is None else "evaluating"
         fresh = old
     if accelerator.is_main_process:
         write_record(path, fresh)

@@ -313,15 +313,17 @@ def measure(options: Options) -> None:
             figures = {"error": str(error).splitlines()[0]}
         systems[system] = figures
         logger.info("%s: %s", system, figures)
+        # System by system, so that what was measured stays, whatever becomes of the next.
+        entry = {
+            "options": asdict(options),
+            "matmul_flops": ceiling,
+            "model_flops": flops,
+            "systems": systems,
+        }
+        entries = merge_entry(Path(options.output), "training", key_of(options), entry)
+        table = write_table(Path(options.output), "training", entries, table_rows, NOTE)
         free()
-    entry = {
-        "options": asdict(options),
-        "matmul_flops": ceiling,
-        "model_flops": flops,
-        "systems": systems,
-    }
-    entries = merge_entry(Path(options.output), "training", key_of(options), entry)
-    print(write_table(Path(options.output), "training", entries, table_rows, NOTE))
+    print(table)
 
 
 def key_of(options: Options) -> str:

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
 
+from matryoshka_lora import pipeline
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.pipeline import RECORD, run
@@ -105,6 +106,26 @@ def test_new_evaluation_settings_evaluate_only_what_is_missing(tmp_path):
     assert samples.read_text().splitlines()[: len(lines)] == lines
     old = {row.key: row for row in first.rows}
     assert all(old[row.key] == row for row in second.rows if row.key in old)
+    assert {row.rule for row in second.rows} == {"base", "prefix", "svd"}
+
+
+def test_more_points_that_fail_leave_a_finished_run_finished(tmp_path, monkeypatch):
+    run(small_config(tmp_path, eval__rules=["prefix"]))
+    ((_, first),) = records(tmp_path).items()
+    more = small_config(tmp_path, eval__rules=["prefix", "svd"])
+
+    def fail(*args):
+        raise OSError("device fell off")
+
+    with monkeypatch.context() as context, pytest.raises(OSError, match="device fell off"):
+        context.setattr(pipeline, "evaluate", fail)
+        run(more)
+    ((_, broken),) = records(tmp_path).items()
+    assert broken.status == "finished" and "device fell off" in broken.error
+    assert broken.rows == first.rows
+    run(more)
+    ((_, second),) = records(tmp_path).items()
+    assert second.status == "finished" and second.error is None
     assert {row.rule for row in second.rows} == {"base", "prefix", "svd"}
 
 

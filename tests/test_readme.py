@@ -2,19 +2,26 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 
 from matryoshka_lora.records import find_records, read_record
 from matryoshka_lora.reporting import format_run_table, rank_tables, write_tables
 
 README = (ROOT / "README.md").read_text()
-RECORDS = [
-    read_record(path) for path in find_records(ROOT / "results/records/table2-tiny", "*.json")
-]
 
 
-def test_the_committed_tables_follow_from_the_committed_records(tmp_path):
-    paths = write_tables(rank_tables(RECORDS), tmp_path / "table2-tiny", title="table2-tiny")
+def records_of(table):
+    folder = ROOT / "results/records" / table
+    return [read_record(path) for path in find_records(folder, "*.json")]
+
+
+RECORDS = records_of("table2-tiny")
+
+
+@pytest.mark.parametrize("table", ["table2-tiny", "gsm8k-smollm2"])
+def test_the_committed_tables_follow_from_the_committed_records(table, tmp_path):
+    paths = write_tables(rank_tables(records_of(table)), tmp_path / table, title=table)
     for path in paths:
         assert path.read_bytes() == (ROOT / "results" / "tables" / path.name).read_bytes()
 
@@ -23,6 +30,16 @@ def test_the_readmes_table_is_the_committed_one():
     rows = [line for line in README.splitlines() if line.startswith("| ") and "±" in line]
     committed = (ROOT / "results/tables/table2-tiny.md").read_text().splitlines()
     assert len(rows) == 13 and set(rows) <= set(committed)
+
+
+def test_the_readmes_other_tables_are_committed_ones():
+    lines = README.splitlines()
+    smollm2 = [line for line in lines if "| 0.001 | 1 |" in line]
+    accuracy = (ROOT / "results/tables/gsm8k-smollm2.md").read_text().partition("flexible")[0]
+    assert len(smollm2) == 9 and set(smollm2) <= set(accuracy.splitlines())
+    speeds = [line for line in lines if line.startswith("| llama3")]
+    measured = (ROOT / "results/benchmarks/training.md").read_text().splitlines()
+    assert speeds and set(speeds) <= set(measured)
 
 
 def test_the_readmes_quickstart_output_is_a_committed_run():
