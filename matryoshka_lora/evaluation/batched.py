@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 Answers = list[tuple[int, Output]]
 
-STEPS_PER_CHECK = 8
-"""Decoding steps between two looks of the host; on average a finished row idles for half."""
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
+"""Decoding steps between two looks of the host; on average a finished row idles for half of them.
+A GPU should not wait for the host at each step, a CPU has nothing to wait for."""
 CPU_SLOTS_BYTES = 512 * 2**20
 """Keys and values held on the CPU at most."""
 LIMITS = {"cpu": (512, 2048), "cuda": (4096, 65536)}
@@ -293,7 +294,7 @@ class Rows:
         self.p = table.new_zeros(1, n, table.shape[1])
         self.group: list[Group | None] = [None] * n
         self.context, self.count, self.limit, self.rule = np.zeros((4, n), dtype=np.int64)
-        self.history = np.zeros((n, longest + STEPS_PER_CHECK), dtype=np.int64)
+        self.history = np.zeros((n, longest + STEPS_PER_CHECK[device.type]), dtype=np.int64)
 
     @property
     def active(self) -> int:
@@ -495,9 +496,9 @@ class Batch:
         return answers, tokens
 
     def _round(self, rows: Rows) -> Answers:
-        """Up to STEPS_PER_CHECK tokens for every row, then one look at them."""
+        """Some tokens for every row, then one look at them."""
         n = rows.used
-        steps = min(STEPS_PER_CHECK, int((rows.limit[:n] - rows.count[:n]).max()))
+        steps = min(STEPS_PER_CHECK[self.device.type], int((rows.limit[:n] - rows.count[:n]).max()))
         longest = int((rows.context[:n] + rows.count[:n]).max())
         taken = n if rows.graphs is None else min(round_up(n), rows.slots.rows)
         rows.slots.decoding, rows.slots.source = taken, None
