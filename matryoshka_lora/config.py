@@ -88,7 +88,7 @@ class TrainerConfig:
     )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     compile: bool = setting(False, "torch.compile each decoder layer but the first")
-    cuda_graphs: bool = setting(False, "replay packed forwards as CUDA graphs, on one GPU a model")
+    cuda_graphs: bool = setting(False, "replay packed forwards as CUDA graphs, on a GPU")
     dry_run: bool = setting(False, "print parameters, tokens, steps and memory, and stop")
 
 

@@ -52,6 +52,7 @@ from matryoshka_lora.models import (
     load_model,
     load_tokenizer,
     model_identity,
+    source_of,
 )
 from matryoshka_lora.records import (
     Record,
@@ -89,6 +90,7 @@ class Inputs:
 def prepare(config: Config) -> Inputs:
     """Read the data and identify the model. Raises ValueError for whatever is wrong with either."""
     build_method(config)  # knows whether the method exists
+    source_of(config.model)  # knows whether a folder is one of a model, before anything is read
     records = load_records(config.dataset)
     train, held_out = split_validation(records, config.dataset.validation)
     digest = fingerprint(train, config.dataset)
@@ -108,6 +110,11 @@ def finished_record(config: Config, inputs: Inputs) -> Record | None:
     return (
         record if record.status == "finished" and done.issuperset(wanted_points(config)) else None
     )
+
+
+def is_trained(folder: Path, record: Record) -> bool:
+    """Whether the run's adapter is there to be evaluated."""
+    return record.training is not None and (folder / ADAPTER).is_file()
 
 
 def run(config: Config) -> Record | None:
@@ -130,22 +137,22 @@ def run(config: Config) -> Record | None:
     # The shape alone tells whether the targets exist, long before weights are read.
     shape = load_model(config.model, torch.device("meta"))
     add_adapters(shape, adapter_spec_of(config), config.adapter.targets)
+    embedded = tokenizer.name_or_path == str(EMBEDDED)
     if dry:
         if main:
-            dry_run(config, shape, examples)
+            dry_run(config, shape, examples, embedded)
         return None
     if config.force and main and folder.exists():
         shutil.rmtree(folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    embedded = tokenizer.name_or_path == str(EMBEDDED)
     facts = counts | {"tokenizer": "embedded" if embedded else short_name(tokenizer.name_or_path)}
     record = _open_record(config, inputs, facts, accelerator)
     tracker = make_tracker(config, inputs.run_hash, folder, main)
     try:
         model = build_adapted_model(config, accelerator)
-        if not (folder / ADAPTER).is_file() or record.training is None:
+        if not is_trained(folder, record):
             logger.info("training %s in %s", config.method.name, folder)
             try:
                 record.training = fit(
@@ -200,7 +207,7 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
     Raises ValueError where the run is not trained or the base model is another one.
     """
     record = read_record(folder / RECORD)
-    if record.training is None or not (folder / ADAPTER).is_file():
+    if not is_trained(folder, record):
         raise ValueError(
             f"{folder} is not trained yet (status {record.status}); run train.py first"
         )
@@ -222,6 +229,7 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
     evaluate(config, model, tokenizer, tasks, [], record, folder, accelerator)
     if not accelerator.is_main_process:
         return None
+    record.error = None
     write_record(folder / RECORD, record)
     _show(record, folder)
     return record
@@ -309,7 +317,11 @@ def make_engine(
     """The engine that `eval.engine` names. lockstep: the base is sharded over the processes."""
     if config.eval.engine == "hf":
         return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
-    return BatchedEngine(model, tokenizer, cuda_graphs=config.eval.cuda_graphs, lockstep=lockstep)
+    graphs = config.eval.cuda_graphs
+    engine = BatchedEngine(model, tokenizer, cuda_graphs=graphs, lockstep=lockstep)
+    if graphs and not engine.cuda_graphs:
+        logger.info("eval.cuda_graphs has no effect: it needs a GPU and an unsharded model")
+    return engine
 
 
 def evaluate(
@@ -417,10 +429,13 @@ def held_out_rows(
     ]
 
 
-def dry_run(config: Config, model: PreTrainedModel, examples: Sequence[Example]) -> None:
+def dry_run(
+    config: Config, model: PreTrainedModel, examples: Sequence[Example], embedded: bool
+) -> None:
     """Print parameters, tokens, steps and estimated memory of a training.
 
-    model: adapted, without weights.
+    model: adapted, without weights. embedded: whether the embedded tokenizer cut the examples,
+    which makes more tokens of a text than that of a larger model.
     """
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     total = sum(p.numel() for p in model.parameters())
@@ -447,8 +462,9 @@ def dry_run(config: Config, model: PreTrainedModel, examples: Sequence[Example])
         "logits (rough)": forward * 0.6 * shape.vocab_size * (compute + 8),
     }
     print(f"parameters: {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
+    by = " of the embedded tokenizer" if embedded else ""
     print(
-        f"tokens: {per_epoch:,} an epoch in {len(examples):,} examples, the longest {longest}; "
+        f"tokens{by}: {per_epoch:,} an epoch in {len(examples):,} examples, the longest {longest}; "
         f"steps: {steps:,} ({steps_per_epoch(len(examples), trainer.effective_batch)} an epoch)"
     )
     for name, size in gib.items():
@@ -486,8 +502,11 @@ def _open_record(
         old = read_record(path)
         # Where it was trained stays; what it is evaluated with now is added to what it has.
         old.config["eval"] = fresh.config["eval"]
-        if old.status != "finished":
-            old.status = "training" if old.training is None else "evaluating"
+        old.error = None
+        if not is_trained(inputs.folder, old):
+            old.status = "training"
+        elif old.status != "finished":
+            old.status = "evaluating"
         fresh = old
     if accelerator.is_main_process:
         write_record(path, fresh)

@@ -91,7 +91,7 @@ class Record:
     data: fingerprint and counts of used, truncated and fully masked examples.
     training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...
     evaluation: seconds, engine, ...; None before there is any. diagnostics: anything else measured.
-    error: one line that says why the run failed.
+    error: one line that says why the last start failed; a finished run may have one, too.
     """
 
     status: Status

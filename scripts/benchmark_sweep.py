@@ -58,9 +58,9 @@ from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import Config, build_config, nearest, setting, validate
 from matryoshka_lora.diagonals import powers_of_two
 from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.engine import Engine, Output, Point, Request
+from matryoshka_lora.evaluation.engine import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine, harness_lm
-from matryoshka_lora.evaluation.sweep import in_background, plan_points, run_sweep
+from matryoshka_lora.evaluation.sweep import ahead, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES
 from matryoshka_lora.pipeline import (
@@ -95,7 +95,7 @@ answers of GSM8K's lengths, and no losses on gold answers; runs have all. `agree
 answers with the same scores: batched with HF / HF with itself at another batch size. Records:
 `sweep.json`."""
 
-Outputs = dict[tuple[Point, Request], Output]
+Answers = dict[tuple[Point, Request], Output]
 
 
 @dataclass
@@ -233,7 +233,7 @@ def some_batches(requests: Sequence[Request], size: int, documents: int) -> list
 
 def answer(
     engine: Engine, task: EvalTask, jobs: Sequence[tuple[Point, Request]], device: torch.device
-) -> tuple[float, Outputs]:
+) -> tuple[float, Answers]:
     """Seconds from the first forward to the last score, and the outputs.
 
     A document is scored when all that `jobs` ask of it at a point is answered: the first of its
@@ -241,22 +241,21 @@ def answer(
     """
     asked = Counter((point, request.doc_id) for point, request in jobs)
     arrived: dict[tuple[Point, int], dict[int, Output]] = {}
-    outputs: Outputs = {}
+    outputs: Answers = {}
     synchronize(device)
     began = shown = time.perf_counter()
-    with in_background() as later:
-        for index, output in engine.run(jobs):
-            point, request = jobs[index]
-            outputs[(point, request)] = output
-            key = (point, request.doc_id)
-            arrived.setdefault(key, {})[index] = output
-            if len(arrived[key]) == asked[key]:
-                of_document = [output for _, output in sorted(arrived.pop(key).items())]
-                lacking = len(task.document_requests(request.doc_id)) - len(of_document)
-                later(task.score, request.doc_id, of_document + [Output()] * lacking)
-            if time.perf_counter() - shown > PROGRESS_EVERY:
-                shown = time.perf_counter()
-                logger.info("%d of %d answers in %d s", len(outputs), len(jobs), shown - began)
+    for index, output in ahead(engine.run(jobs)):
+        point, request = jobs[index]
+        outputs[(point, request)] = output
+        key = (point, request.doc_id)
+        arrived.setdefault(key, {})[index] = output
+        if len(arrived[key]) == asked[key]:
+            of_document = [output for _, output in sorted(arrived.pop(key).items())]
+            lacking = len(task.document_requests(request.doc_id)) - len(of_document)
+            task.score(request.doc_id, of_document + [Output()] * lacking)
+        if time.perf_counter() - shown > PROGRESS_EVERY:
+            shown = time.perf_counter()
+            logger.info("%d of %d answers in %d s", len(outputs), len(jobs), shown - began)
     synchronize(device)
     return time.perf_counter() - began, outputs
 
@@ -344,9 +343,9 @@ class Recorder:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.began: float | None = None
-        self.outputs: Outputs = {}
+        self.outputs: Answers = {}
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
         """See `Engine.run`."""
         self.began = self.began or time.perf_counter()
         for index, output in self.engine.run(jobs):
@@ -439,17 +438,17 @@ def hf_backend(
     points: Sequence[Point],
     documents: int,
     batch_sizes: Sequence[int],
-) -> dict[int, tuple[float, Outputs]]:
+) -> dict[int, tuple[float, Answers]]:
     """Batch size -> seconds and outputs of the HF backend for the first documents at `points`.
 
     Sizes above the number of requests are left out, as they all make one batch.
     """
     requests = [r for doc in range(documents) for r in task.document_requests(doc)]
     largest = max(Counter(request.kind for request in requests).values())
-    found: dict[int, tuple[float, Outputs]] = {}
+    found: dict[int, tuple[float, Answers]] = {}
     for size in [s for s in batch_sizes if s <= largest] or [min(batch_sizes)]:
         engine = HFEngine(model, tokenizer, size)
-        total, outputs = 0.0, Outputs()
+        total, outputs = 0.0, Answers()
         for point in points:
             jobs = [(point, request) for request in requests]
             with use_factors(model, point.factors):
@@ -465,7 +464,7 @@ def hf_backend(
     return found
 
 
-def agreement(task: EvalTask, outputs: Outputs, hf: Outputs) -> dict[str, Any]:
+def agreement(task: EvalTask, outputs: Answers, hf: Answers) -> dict[str, Any]:
     """How far `outputs` agree with `hf`, on what both answered.
 
     The task's first metric on either side, and the shares of documents with the same scores in all

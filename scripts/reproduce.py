@@ -128,8 +128,7 @@ class Run:
         """What the run's record says that it failed of."""
         if self.inputs is None or not (path := self.inputs.folder / RECORD).exists():
             return None
-        record = read_record(path)
-        return record.error if record.status == "failed" else None
+        return read_record(path).error
 
     def diverged(self) -> bool:
         """Whether training ended in a loss that is no number, which it would do again."""

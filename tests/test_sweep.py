@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import (
+    AHEAD,
     Plan,
-    in_background,
+    ahead,
     plan_points,
     run_sweep,
     samples_path,
 )
-from matryoshka_lora.evaluation.tasks import load_tasks
+from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.records import Row, decode_scores
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
@@ -522,22 +524,42 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
         assert len(answered) == len(alone.answered)
 
 
-def test_calls_in_the_background_keep_their_order_and_their_errors():
-    done = []
+def test_items_are_made_ahead_and_end_closed() -> None:
+    closed, made = [], []
 
-    def call(number):
-        if number == 3:
-            raise OSError("no space left")
-        done.append(number)
+    def items(count, error=None):
+        try:
+            for number in range(count):
+                made.append(number)
+                yield number
+            if error is not None:
+                raise error
+        finally:
+            closed.append(threading.current_thread())
 
-    with in_background() as later:
-        for number in range(3):
-            later(call, number)
-    assert done == [0, 1, 2]
-    with pytest.raises(OSError, match="no space left"), in_background() as later:
-        later(call, 3)
-    # What was handed over is done, also where the caller fails.
-    with pytest.raises(ValueError, match="mine"), in_background() as later:
-        later(call, 4)
-        raise ValueError("mine")
-    assert done == [0, 1, 2, 4]
+    assert list(ahead(items(20_000))) == list(range(20_000))
+    with pytest.raises(OSError, match="device fell off"):
+        list(ahead(items(3, OSError("device fell off"))))
+    made.clear()
+    some = ahead(items(10**9))
+    assert [next(some) for _ in range(3)] == [0, 1, 2]
+    some.close()
+    # Neither endless nor in the thread that takes them.
+    assert len(made) <= AHEAD + 5 and len(closed) == 3
+    assert threading.main_thread() not in closed
+
+
+def test_answers_are_scored_in_the_main_thread(
+    data: Path, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graders of the harness set alarms, which other threads cannot."""
+    threads = []
+    original = EvalTask.score
+
+    def score(self, *args):
+        threads.append(threading.current_thread())
+        return original(self, *args)
+
+    monkeypatch.setattr(EvalTask, "score", score)
+    sweep(data, tmp_path, FakeEngine(), plan, limit=2)
+    assert threads and set(threads) == {threading.main_thread()}

@@ -26,7 +26,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import AdapterLinear, adapter_layers
 from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
-from matryoshka_lora.evaluation.engine import Output, Point, Request
+from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.hf import evaluation_mode
 from matryoshka_lora.graphs import Graphs
 
@@ -119,7 +119,7 @@ class BatchedEngine:
         self.lockstep = lockstep
         self.stops = StopStrings(tokenizer)
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
         """See `Engine.run`. The model is the engine's until the iterator ends or is closed."""
         if not jobs:
             return

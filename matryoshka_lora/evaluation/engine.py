@@ -1,6 +1,6 @@
 """What the rank sweep asks of an engine, and nothing about how an engine answers it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -51,9 +51,13 @@ class Output:
     """Whether every target token is the most likely one."""
 
 
+Outputs = Generator[tuple[int, Output], None, None]
+"""(index of a job, its output), until it ends or is closed."""
+
+
 class Engine(Protocol):
     """Answers jobs; all jobs of one call share a factor set, ranks and rules mix freely."""
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
         """Yield (index into `jobs`, output) in any order, each index once, as answers come."""
         ...

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import diagonal
-from matryoshka_lora.evaluation.engine import Output, Point, Request
+from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
 
 
 @contextmanager
@@ -71,7 +71,7 @@ class HFEngine:
         self.lm = harness_lm(model, tokenizer, batch_size)
 
     @torch.no_grad()
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
         """See `Engine.run`; answers come when all requests of a kind at a point are done."""
         calls: dict[tuple[Point, str], list[int]] = {}
         for index, (point, request) in enumerate(jobs):

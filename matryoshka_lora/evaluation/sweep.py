@@ -8,15 +8,16 @@ import json
 import logging
 import math
 import random
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from queue import Full, Queue
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -47,9 +48,17 @@ PROGRESS_EVERY = 10.0
 GATHER_EVERY = 512
 """Outputs of each process between two exchanges with the one that writes."""
 
+AHEAD = 4096
+"""Answers of an engine that may wait to be scored."""
+
+T = TypeVar("T")
 Reading = tuple[int, str]
 """(rank, rule) as asked for; several may be the same function and then share a point."""
 OnPoint = Callable[[EvalTask, Point, list[Row]], None]
+
+
+class _End:
+    """Stands behind the last item."""
 
 
 @dataclass(frozen=True)
@@ -163,33 +172,54 @@ def run_sweep(
                             extra = next(complete, None)  # works through all of it
                             assert extra is None
                             continue
-                        with stores[index].appending() as append, in_background() as later:
+                        with stores[index].appending() as append:
                             for point, doc_id, outputs in complete:
-                                later(append, point, doc_id, outputs)
+                                append(point, doc_id, outputs)
                                 lacking[point].discard(doc_id)
                                 if not lacking[point]:
-                                    later(finish, stores[index], point)
+                                    finish(stores[index], point)
     return _all_rows(tasks, plan, rows, stores) if main else []
 
 
-@contextmanager
-def in_background() -> Iterator[Callable[..., None]]:
-    """`later(function, *arguments)`: calls it in one other thread, in the order of these calls.
+def ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The same items, made in another thread, at most AHEAD of them before they are taken.
 
-    Scoring an answer takes the harness half a millisecond, in which the device would wait. What a
-    call raises is raised by a later one, at the latest on leaving, which waits for all of them.
+    Scoring an answer takes the harness half a millisecond, in which the device would wait; and it
+    may need the main thread, where graders set their alarms. Closing this closes `items`, and
+    waits until that is done.
     """
-    calls: deque[Future[None]] = deque()
+    made: Queue[T | _End] = Queue(AHEAD)
+    left = threading.Event()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def hand_over(item: T | _End) -> bool:
+        while not left.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def work() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own
+        try:
+            with closing(items):
+                for item in items:
+                    if not hand_over(item):
+                        return
+        finally:
+            hand_over(_End())
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-
-        def later(function: Callable[..., None], *arguments: Any) -> None:
-            while calls and calls[0].done():
-                calls.popleft().result()
-            calls.append(thread.submit(function, *arguments))
-
-        yield later
-        for call in calls:
-            call.result()
+        working = thread.submit(work)
+        try:
+            while not isinstance(item := made.get(), _End):
+                yield item
+        finally:
+            left.set()
+        working.result()  # raises what `items` raised
 
 
 def samples_path(folder: Path, task: EvalTask) -> Path:
@@ -341,7 +371,7 @@ def _outputs(
 ) -> Iterator[tuple[int, Output]]:
     """The engine's answers to all jobs, on the main process."""
     if processes is None or processes.num_processes == 1:
-        yield from engine.run(jobs)
+        yield from ahead(engine.run(jobs))
     elif lockstep:
         for answer in engine.run(jobs):
             if processes.is_main_process:
@@ -353,15 +383,15 @@ def _outputs(
             for index, (_, request) in enumerate(jobs)
             if request.doc_id % processes.num_processes == processes.process_index
         ]
-        answers = engine.run([jobs[index] for index in mine])
-        while True:
-            part = [(mine[index], output) for index, output in islice(answers, GATHER_EVERY)]
-            parts = gather_object([part])
-            if not any(parts):
-                return
-            if processes.is_main_process:
-                for part in parts:
-                    yield from part
+        with closing(ahead(engine.run([jobs[index] for index in mine]))) as answers:
+            while True:
+                part = [(mine[index], output) for index, output in islice(answers, GATHER_EVERY)]
+                parts = gather_object([part])
+                if not any(parts):
+                    return
+                if processes.is_main_process:
+                    for part in parts:
+                        yield from part
 
 
 def _from_main(value: Any, processes: Accelerator | None) -> Any:

@@ -108,6 +108,11 @@ def fit(
         graphs = Graphs()
         for parameter in parameters:  # a graph adds to gradients that stay where they are
             parameter.grad = torch.zeros_like(parameter)
+    elif settings.cuda_graphs:
+        logger.info(
+            "trainer.cuda_graphs has no effect: it needs a GPU, packed rows, an unsharded model "
+            "and no gradient checkpointing"
+        )
     bank = method.diagonals.to(device)
     if settings.packed:
         backward = packed_backward(model, bank, config, graphs)
@@ -190,7 +195,7 @@ def fit(
     if settings.compile:
         for layer in decoder_layers(model):
             layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
-    return log.summary(peak_gib(device, graphs is not None))
+    return log.summary(peak_gib(device, graphs is not None)) | {"cuda_graphs": graphs is not None}
 
 
 def values_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Any]]:
