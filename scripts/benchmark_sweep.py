@@ -60,7 +60,7 @@ from matryoshka_lora.diagonals import powers_of_two
 from matryoshka_lora.evaluation.batched import BatchedEngine
 from matryoshka_lora.evaluation.engine import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine, harness_lm
-from matryoshka_lora.evaluation.sweep import ahead, plan_points, run_sweep
+from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES
 from matryoshka_lora.pipeline import (
@@ -244,7 +244,7 @@ def answer(
     outputs: Answers = {}
     synchronize(device)
     began = shown = time.perf_counter()
-    for index, output in ahead(engine.run(jobs)):
+    for index, output in answers_of(engine, jobs):
         point, request = jobs[index]
         outputs[(point, request)] = output
         key = (point, request.doc_id)

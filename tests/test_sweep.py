@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.adapters import AdapterSpec, adapter_layers, at_rank
+from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
@@ -561,5 +562,7 @@ def test_answers_are_scored_in_the_main_thread(
         return original(self, *args)
 
     monkeypatch.setattr(EvalTask, "score", score)
+    # As with a GPU.
+    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: ahead(engine.run(jobs)))
     sweep(data, tmp_path, FakeEngine(), plan, limit=2)
     assert threads and set(threads) == {threading.main_thread()}

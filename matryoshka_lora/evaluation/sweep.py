@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import AdapterSpec, use_factors
-from matryoshka_lora.evaluation.engine import Engine, Output, Point, Request
+from matryoshka_lora.evaluation.engine import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.hf import evaluation_mode, harness_lm
 from matryoshka_lora.evaluation.tasks import (
     Aggregate,
@@ -222,6 +222,14 @@ def ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
         working.result()  # raises what `items` raised
 
 
+def answers_of(engine: Engine, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
+    """`engine.run(jobs)`, ahead of the caller where a device works in the meantime.
+
+    On a CPU both would want the same cores, and each would wait for the other's.
+    """
+    return ahead(engine.run(jobs)) if torch.cuda.is_initialized() else engine.run(jobs)
+
+
 def samples_path(folder: Path, task: EvalTask) -> Path:
     """Where the samples of a task are; a harness name may hold characters that a file's cannot."""
     return folder / f"{task.name.replace('/', '_').replace(':', '_')}-{task.shots}.jsonl"
@@ -371,7 +379,7 @@ def _outputs(
 ) -> Iterator[tuple[int, Output]]:
     """The engine's answers to all jobs, on the main process."""
     if processes is None or processes.num_processes == 1:
-        yield from ahead(engine.run(jobs))
+        yield from answers_of(engine, jobs)
     elif lockstep:
         for answer in engine.run(jobs):
             if processes.is_main_process:
@@ -383,9 +391,9 @@ def _outputs(
             for index, (_, request) in enumerate(jobs)
             if request.doc_id % processes.num_processes == processes.process_index
         ]
-        with closing(ahead(engine.run([jobs[index] for index in mine]))) as answers:
+        with closing(answers_of(engine, [jobs[index] for index in mine])) as found:
             while True:
-                part = [(mine[index], output) for index, output in islice(answers, GATHER_EVERY)]
+                part = [(mine[index], output) for index, output in islice(found, GATHER_EVERY)]
                 parts = gather_object([part])
                 if not any(parts):
                     return
