@@ -146,7 +146,10 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["shape=llama8b"], "shape=llama8b is unknown; allowed: llama3_8b, llama3_1b, "),
+        (
+            ["shape=llama8b"],
+            "shape=llama8b is unknown; allowed: llama3_8b, llama3_1b, smollm2_135m, tiny",
+        ),
         (["shpae=tiny"], "(did you mean shape?)"),
         (["documents=many"], "'many'"),
         (["documents=0"], "documents=0 must be 1 or more"),
