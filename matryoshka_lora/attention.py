@@ -6,8 +6,9 @@ model hands through, under the names of transformers' `FlashAttentionKwargs`: se
 transformers builds no mask for an implementation that is not in its mask registry, whatever the
 position ids say.
 
-bf16 and fp16 on CUDA run on the variable-length flash attention that is part of torch; everything
-else, the CPU first of all, on scaled_dot_product_attention document by document.
+bf16 and fp16 on CUDA run on the variable-length flash attention that is part of torch, and on a
+kernel of our own in decoding; everything else, the CPU first of all, on
+scaled_dot_product_attention document by document.
 """
 
 import inspect
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from matryoshka_lora.decode_kernel import decode_kernel, runs_on
+
 PACKED = "packed"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
-# torch 2.11 can neither share a key head among query heads in the backward nor bound a slot's keys;
-# 2.12 has both.
+# torch 2.11 cannot share a key head among query heads in the backward; 2.12 can.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 # What some models ask of their attention and this one does not do.
 _REFUSED = ("softcap", "s_aux", "position_bias", "alibi_slopes", "head_mask", "block_table")
@@ -125,7 +127,7 @@ def packed(
     kv_index (T_k,): the documents' keys are `key[:, :, kv_index]`, so that several may share them.
     kv_lengths (rows,), int32: decoding. There is one query a row; the keys are slots of equal size,
     of which row i uses the first kv_lengths[i], at most max_length_k.
-    reference: use the plain functions where flash attention would be used.
+    reference: use the plain functions where flash attention or the kernel would be used.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -144,14 +146,16 @@ def packed(
         cu_seq_lens_k = cu_seq_lens_q
     if kv_index is not None:
         key, value = key[:, :, kv_index], value[:, :, kv_index]
-    if query.is_cuda and query.dtype in FLASH_DTYPES and not reference:
+    fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
+    if kv_lengths is not None and fast and runs_on(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        bounds = (cu_seq_lens_q, cu_seq_lens_k)
-        longest = (max_length_q, max_length_k)
-        out = flash(q, k, v, bounds, longest, scaling, sliding_window, kv_lengths)
-        return out[None], None
+        return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
     if kv_lengths is not None:
         out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
+    elif fast:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
     else:
         ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
         out = document_by_document(query, key, value, ends, scaling, sliding_window)
@@ -166,22 +170,16 @@ def flash(
     max_lengths: tuple[int, int],
     scaling: float | None,
     sliding_window: int | None,
-    kv_lengths: Tensor | None = None,
 ) -> Tensor:
     """Flash attention on CUDA, keys aligned with queries at their ends.
 
     query: (T, heads, d), key and value: (T_k, kv_heads, d) -> (T, heads, d).
     """
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    if max_lengths[0] == 1 and sliding_window is None:
-        # One query sees all of its keys. Without a window the kernel reads the keys of a group of
-        # query heads once instead of once a head.
-        window = (-1, -1)
     options: dict[str, Any] = {"scale": scaling, "window_size": window}
     if _VARLEN_HAS_GQA:
-        options |= {"enable_gqa": True, "seqused_k": kv_lengths}
+        options["enable_gqa"] = True
     elif torch.is_grad_enabled():
-        assert kv_lengths is None
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     else:
@@ -192,12 +190,11 @@ def flash(
             *cu_seq_lens,
             *max_lengths,
             0.0,
-            window == (-1, 0),
+            sliding_window is None,
             False,
             scale=scaling,
             window_size_left=window[0],
             window_size_right=window[1],
-            seqused_k=kv_lengths,
         )[0]
     out = varlen_attn(query, key, value, *cu_seq_lens, *max_lengths, **options)
     assert isinstance(out, Tensor)

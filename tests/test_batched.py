@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ from matryoshka_lora.adapters import (
 from matryoshka_lora.attention import packed_attention, packed_inputs
 from matryoshka_lora.diagonals import matryoshka_diagonal
 from matryoshka_lora.evaluation import batched
-from matryoshka_lora.evaluation.batched import BatchedEngine, Probe, flash_agrees
+from matryoshka_lora.evaluation.batched import BatchedEngine, Probe, attention_agrees
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.graphs import Graphs
 
-RANK = 4
+RANK = 16  # the ranks below are computed with 8 rows of the factors, or with all
 TEXT = (
     "Question: Tom has 12 apples and buys 7 more. How many apples does Tom have now?\n"
     "Answer: Tom has 12 + 7 = <<12+7=19>>19 apples.\n#### 19\n\nQuestion: A train runs 60 miles in "
@@ -80,7 +81,7 @@ def build(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> PreTr
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    p_full = matryoshka_diagonal([1, 2, 4], RANK, "none")
+    p_full = matryoshka_diagonal([1, 2, RANK], RANK, "none")
     spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False)
     add_adapters(model, spec, ["q_proj", "v_proj", "o_proj", "down_proj"])
     for layer in adapter_layers(model).values():
@@ -100,7 +101,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
     spec: AdapterSpec = model.adapter_spec
-    pairs = [(rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained")]
+    pairs = [(rank, rule) for rank in (1, 2, RANK) for rule in ("prefix", "trained")]
     if factors == "svd":
         pairs = [(rank, "svd") for rank in (1, 2, 3)]
     return [Point(0, "base", factors, torch.zeros(RANK))] + [
@@ -194,9 +195,10 @@ def test_replayed_steps_take_further_rows_along(
 ) -> None:
     """On CPUs a replay calls the step again: in fixed places, for a rounded number of rows."""
     sizes = []
+    layer = next(iter(adapter_layers(model).values()))
 
     def capture(function: Callable[[], torch.Tensor], pool: object) -> Callable[[], torch.Tensor]:
-        sizes.append(function.args[1])  # type: ignore[attr-defined]
+        sizes.append((function.args[1], len(layer.lora_A)))  # type: ignore[attr-defined]
         return function
 
     monkeypatch.setattr(batched, "Graphs", lambda: Graphs(capture))
@@ -211,7 +213,8 @@ def test_replayed_steps_take_further_rows_along(
     engine.cuda_graphs = True
     found = answers(engine.run(jobs), jobs)
     assert [output.text for output in found] == [output.text for output in expected]
-    assert set(sizes) <= {16, 32, 40} and len(sizes) == len(set(sizes)) > 1
+    assert set(sizes) <= set(product((16, 32, 40), (8, RANK)))
+    assert len(sizes) == len(set(sizes)) > 1 and {rank for _, rank in sizes} == {8, RANK}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +223,15 @@ def test_replayed_steps_take_further_rows_along(
 )
 def test_captured_steps_have_two_sizes_an_octave(rows: int, rounded: int) -> None:
     assert batched.round_up(rows) == rounded
+
+
+def test_factors_are_cut_behind_the_last_entry_of_a_diagonal() -> None:
+    table = torch.zeros(6, 20)
+    for row, rank in enumerate((0, 1, 8, 9, 17, 20)):
+        table[row, :rank] = 2.0
+    table[1, 0], table[4, 3] = -1.0, 0.0
+    assert batched.live_ranks(table).tolist() == [8, 8, 8, 16, 20, 20]
+    assert batched.live_ranks(table[:3, :4]).tolist() == [4, 4, 4]
 
 
 def test_principal_factors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -393,7 +405,8 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
     with packed_attention(model), torch.no_grad():
         ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
         model(ids, past_key_values=probe, use_cache=True, **packed_inputs([1], "cuda"))
-    assert flash_agrees(model, probe.shapes, model.device)
+    for decoding in (False, True):
+        assert attention_agrees(model, probe.shapes, model.device, decoding)
     expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
     engine = BatchedEngine(model, tokenizer, max_rows=13, cuda_graphs=graphs)
     found = answers(engine.run(jobs), jobs)

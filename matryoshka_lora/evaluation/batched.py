@@ -49,6 +49,8 @@ CUDA_LOGITS_SHARE = 1 / 32
 """Likewise on CUDA, as a share of the device's memory."""
 LOGPROB_ROWS = 1024
 """Rows of logits that are turned to float32 at a time."""
+RANK_MULTIPLE = 8
+"""Of the rows of the factors that are computed with; tensor cores want it."""
 FLASH_TOLERANCE = 0.02
 """Relative difference allowed between two attentions in half precision (bf16 rounds by 0.004)."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -276,7 +278,7 @@ class Rows:
     On the device, per row: the token that goes in next, its position, the row's last position
     (where it stays when it is done before the host has noticed), its diagonal (1, rows, R). On the
     host: the row's group, the lengths of its context and of its answer so far and at most, the
-    number of its stop strings, and the tokens of its answer.
+    numbers of its stop strings and of its point, and the tokens of its answer.
     """
 
     def __init__(self, slots: Slots, longest: int, table: Tensor) -> None:
@@ -293,7 +295,8 @@ class Rows:
         self.position, self.last = torch.zeros(2, n, dtype=torch.int32, device=device)
         self.p = table.new_zeros(1, n, table.shape[1])
         self.group: list[Group | None] = [None] * n
-        self.context, self.count, self.limit, self.rule = np.zeros((4, n), dtype=np.int64)
+        self.context, self.count, self.limit = np.zeros((3, n), dtype=np.int64)
+        self.rule, self.point = np.zeros((2, n), dtype=np.int64)
         self.history = np.zeros((n, longest + STEPS_PER_CHECK[device.type]), dtype=np.int64)
 
     @property
@@ -316,7 +319,8 @@ class Rows:
         rows = self.free(len(groups))
         self.context[rows] = [len(g.context) for g in groups]
         self.count[rows], self.limit[rows], self.rule[rows] = 0, limits, rules
-        at, points = self._index(rows), self._index([g.point for g in groups])
+        self.point[rows] = [g.point for g in groups]
+        at, points = self._index(rows), self._index(self.point[rows])
         self.token[at] = tokens
         self.position[at] = self._index(self.context[rows]).int()
         self.last[at] = self._index(self.context[rows] + self.limit[rows] - 2).int()
@@ -341,7 +345,8 @@ class Rows:
         self.last[keep:] = 0
 
     def _move(self, to: list[int], source: list[int]) -> None:
-        for array in (self.context, self.count, self.limit, self.rule, self.history):
+        arrays = (self.context, self.count, self.limit, self.rule, self.point, self.history)
+        for array in arrays:
             array[to] = array[source]
         for new, old in zip(to, source, strict=True):
             self.group[new] = self.group[old]
@@ -369,6 +374,8 @@ class Batch:
         points = list(dict.fromkeys(point for point, _ in jobs))
         table = torch.stack([point.p for point in points])
         self.table = table.to(self.device, self.model.dtype)
+        self.ranks = live_ranks(table)
+        self.factors = [(layer.lora_A.data, layer.lora_B.data) for layer in layers]
         groups = group(jobs, {point: row for row, point in enumerate(points)})
         # Point by point, so that points become complete one after the other; within a point the
         # longest first, so that what shares a prefill or a step is of similar length.
@@ -379,10 +386,14 @@ class Batch:
         self.rules = np.array([engine.stops.rule(request.until) for request in self.requests])
         eos = self.model.generation_config.eos_token_id
         self.eos = np.array([] if eos is None else eos).reshape(-1)
-        self.reference = False
+        # Whether to use the plain functions of attention in prefills, in decoding.
+        self.plain = [False, False]
         self.shapes = self._probe()
         if self.device.type == "cuda":
-            self.reference = not flash_agrees(self.model, self.shapes, self.device)
+            self.plain = [
+                not attention_agrees(self.model, self.shapes, self.device, decoding)
+                for decoding in (False, True)
+            ]
 
     @property
     def busy(self) -> bool:
@@ -481,7 +492,8 @@ class Batch:
             slots, places = rows.slots, rows.free(len(groups))
             slots.source, slots.destination = prefill.contexts(places, slots.size)
             slots.decoding = 0
-        self._set_diagonal(self.table[prefill.points][None])
+        rank = self._cut([g.point for g in groups])
+        self._set_diagonal(self.table[prefill.points][None, :, :rank])
         logits = self._forward(prefill.ids, prefill.inputs, slots, prefill.kept)
         tokens = most_likely(logits[prefill.firsts])
         if not prefill.jobs:
@@ -502,14 +514,15 @@ class Batch:
         longest = int((rows.context[:n] + rows.count[:n]).max())
         taken = n if rows.graphs is None else min(round_up(n), rows.slots.rows)
         rows.slots.decoding, rows.slots.source = taken, None
-        self._set_diagonal(rows.p[:, :taken])
+        rank = self._cut(rows.point[:n])
+        self._set_diagonal(rows.p[:, :taken, :rank])
         new = []
         for i in range(steps):
             if rows.graphs is None:
                 token = self._step(rows, taken, min(longest + i, rows.slots.size))
             else:
                 step = partial(self._step, rows, taken, rows.slots.size)
-                token = rows.graphs("step", taken, step).clone()
+                token = rows.graphs("step", (taken, rank), step).clone()
             new.append(token[:n])
         # The only wait for the device in the round.
         return self._absorb(rows, np.arange(n), torch.stack(new, 1).cpu().numpy())
@@ -599,6 +612,14 @@ class Batch:
         self._forward(ids, packed_inputs([1], self.device), probe, 0)
         return probe.shapes
 
+    def _cut(self, points: Sequence[int] | np.ndarray) -> int:
+        """Leave out the rows of the factors that no point multiplies by more than 0; the rest."""
+        rank = int(self.ranks[points].max())
+        for layer, (A, B) in zip(self.layers, self.factors, strict=True):
+            # Views: a captured step finds them where they were.
+            layer.lora_A.data, layer.lora_B.data = A[:rank], B[:, :rank]
+        return rank
+
     def _set_diagonal(self, p: Tensor) -> None:
         for layer in self.layers:
             layer.p = p
@@ -612,7 +633,7 @@ class Batch:
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=kept,
-            reference=self.reference,
+            reference=self.plain["kv_lengths" in inputs],
             **inputs,
         ).logits[0]
 
@@ -708,6 +729,15 @@ def round_up(rows: int) -> int:
     """To one of two numbers an octave, at least 16: how many rows a captured step has."""
     unit = max(1 << max(rows.bit_length() - 2, 0), 16)
     return -(-rows // unit) * unit
+
+
+def live_ranks(table: Tensor) -> np.ndarray:
+    """(points, R) -> (points,): how many entries of each diagonal to compute with, the last others
+    being zero. In multiples of RANK_MULTIPLE, but R at most."""
+    places = torch.arange(1, table.shape[1] + 1)
+    last = (places * (table != 0).to(places)).amax(1)
+    whole = (last + RANK_MULTIPLE - 1) // RANK_MULTIPLE * RANK_MULTIPLE
+    return whole.clamp(min(RANK_MULTIPLE, table.shape[1]), table.shape[1]).numpy()
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -849,24 +879,28 @@ class StopStrings:
 
 
 @torch.no_grad()
-def flash_agrees(model: PreTrainedModel, shapes: Sequence[KeyShape], device: torch.device) -> bool:
-    """Whether flash attention gives what the plain functions give, on random data of these shapes.
+def attention_agrees(
+    model: PreTrainedModel, shapes: Sequence[KeyShape], device: torch.device, decoding: bool
+) -> bool:
+    """Whether the fast attention of prefills, or of decoding, gives what the plain functions give.
 
-    Tried as it is used: few and many rows of slots, and endings that share a context. torch's
-    interface differs between versions, and a wrong answer would be silent.
+    Tried on random data of these shapes as it is used: endings that share a context, few and many
+    rows of slots. torch's interface differs between versions, and a wrong answer would be silent.
     """
     config = model.config.get_text_config()
     generator = torch.Generator(device).manual_seed(0)
     size = 640
-    cases: list[dict[str, Any]] = [
-        {
-            "cu_seq_lens_q": bounds([300, 5, 1, 70], device),
-            "cu_seq_lens_k": bounds([300, 305, 301, 70], device),
-            "max_length_q": 300,
-            "max_length_k": 305,
-        }
-    ]
-    for rows in (3, 200):
+    cases: list[dict[str, Any]] = []
+    if not decoding:
+        cases.append(
+            {
+                "cu_seq_lens_q": bounds([300, 5, 1, 70], device),
+                "cu_seq_lens_k": bounds([300, 305, 301, 70], device),
+                "max_length_q": 300,
+                "max_length_k": 305,
+            }
+        )
+    for rows in (3, 200) if decoding else ():
         lengths = torch.randint(1, size + 1, (rows,), generator=generator, device=device)
         cases.append(
             {
@@ -896,11 +930,11 @@ def flash_agrees(model: PreTrainedModel, shapes: Sequence[KeyShape], device: tor
                 packed(model, query, key, value, None, reference=plain, **options)[0].float()
                 for plain in (False, True)
             )
-        except (RuntimeError, TypeError, ValueError) as reason:
-            logger.warning("flash attention does not run here, using a slower one: %s", reason)
+        except Exception as reason:  # a compiler has errors of its own
+            logger.warning("fast attention does not run here, using a slower one: %s", reason)
             return False
         error = float((found - expected).norm() / expected.norm())
         if not error < FLASH_TOLERANCE:
-            logger.warning("flash attention is off by %.3g here, using a slower one", error)
+            logger.warning("fast attention is off by %.3g here, using a slower one", error)
             return False
     return True

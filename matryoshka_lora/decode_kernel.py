@@ -1,0 +1,135 @@
+"""Attention of one new token a row over the row's slot of keys, as one Triton kernel.
+
+Flash attention works on tiles of 128 queries. In decoding there is one query a row, times the few
+heads that share a key head, so nearly all of a tile is computed for nothing, and the time goes
+there and not into reading the keys. Here a tile has 16 rows. See `attention.decode` for the same
+in plain functions.
+"""
+
+import math
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch without CUDA brings none
+    triton = None
+
+LEAST = 16  # rows and columns of a matrix product in Triton
+KEYS = 64  # looked at together
+
+
+def runs_on(query: Tensor) -> bool:
+    """Whether the kernel can take these tensors."""
+    return triton is not None and query.is_cuda
+
+
+def decode_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lengths: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """One query a row over the first kv_lengths[row] keys of its slot, softmax in float32.
+
+    query: (rows, heads, d), key and value: (rows * slot, kv_heads, d), kv_lengths: (rows,) ->
+    (rows, heads, d).
+    """
+    rows, heads, width = query.shape
+    kv_heads, value_width = key.shape[1], value.shape[2]
+    out = query.new_empty(rows, heads, value_width)
+    assert query.stride(2) == key.stride(2) == value.stride(2) == 1, "d is the innermost axis"
+    scaling = 1 / math.sqrt(width) if scaling is None else scaling
+    _kernel[(kv_heads, rows)](
+        *(query, key, value, out, kv_lengths),
+        scaling / math.log(2),
+        key.shape[0] // rows,
+        *(x.stride(axis) for x in (query, key, value, out) for axis in (0, 1)),
+        GROUP=heads // kv_heads,
+        QUERIES=max(triton.next_power_of_2(heads // kv_heads), LEAST),
+        KEYS=KEYS,
+        WINDOW=sliding_window or 0,
+        WIDTH=width,
+        VALUE_WIDTH=value_width,
+        WIDTH_2=max(triton.next_power_of_2(width), LEAST),
+        VALUE_WIDTH_2=max(triton.next_power_of_2(value_width), LEAST),
+        num_warps=4,
+        num_stages=3,
+    )
+    return out
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["slot"])  # it differs from batch to batch
+    def _kernel(  # type: ignore[no-untyped-def]
+        query,
+        key,
+        value,
+        out,
+        lengths,
+        scale,
+        slot,
+        query_row,
+        query_head,
+        key_token,
+        key_head,
+        value_token,
+        value_head,
+        out_row,
+        out_head,
+        GROUP: tl.constexpr,
+        QUERIES: tl.constexpr,
+        KEYS: tl.constexpr,
+        WINDOW: tl.constexpr,
+        WIDTH: tl.constexpr,
+        VALUE_WIDTH: tl.constexpr,
+        WIDTH_2: tl.constexpr,
+        VALUE_WIDTH_2: tl.constexpr,
+    ):
+        """One program a row and key head. scale: for powers of 2; WINDOW: 0 for none."""
+        head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        heads = head * GROUP + tl.arange(0, QUERIES)
+        real = tl.arange(0, QUERIES)[:, None] < GROUP
+        columns, value_columns = tl.arange(0, WIDTH_2), tl.arange(0, VALUE_WIDTH_2)
+        inside, value_inside = columns[None, :] < WIDTH, value_columns[None, :] < VALUE_WIDTH
+        q = tl.load(
+            query + row * query_row + heads[:, None] * query_head + columns[None, :],
+            mask=real & inside,
+            other=0.0,
+        )
+        length = tl.load(lengths + row)
+        first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+        key += row * slot * key_token + head * key_head
+        value += row * slot * value_token + head * value_head
+        most = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        mean = tl.zeros((QUERIES, VALUE_WIDTH_2), tl.float32)
+        for start in range(first, length, KEYS):
+            at = start + tl.arange(0, KEYS)
+            seen = at < length
+            k = tl.load(
+                key + at[:, None] * key_token + columns[None, :],
+                mask=seen[:, None] & inside,
+                other=0.0,
+            )
+            scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+            new_most = tl.maximum(most, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_most[:, None])
+            shrink = tl.exp2(most - new_most)
+            v = tl.load(
+                value + at[:, None] * value_token + value_columns[None, :],
+                mask=seen[:, None] & value_inside,
+                other=0.0,
+            )
+            mean = mean * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
+            total = total * shrink + tl.sum(weights, 1)
+            most = new_most
+        tl.store(
+            out + row * out_row + heads[:, None] * out_head + value_columns[None, :],
+            (mean / total[:, None]).to(out.dtype.element_ty),
+            mask=real & value_inside,
+        )
