@@ -98,9 +98,10 @@ class AdapterLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.p.to(x)
-        # The last product is added in place, which saves a pass over y and the memory of another.
-        y = F.linear(x.flatten(0, -2), self.weight, self.bias)
-        y.addmm_(h.flatten(0, -2), self.lora_B.to(x.dtype).t())
+        # The large product is added to the small one, in place: it has the time to read y. Added
+        # the other way round, y would be read and written once more.
+        y = F.linear(h.flatten(0, -2), self.lora_B.to(x.dtype), self.bias)
+        y.addmm_(x.flatten(0, -2), self.weight.t())
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -23,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from matryoshka_lora.decode_kernel import decode_kernel, runs_on
+from matryoshka_lora.device import to_device
 
 PACKED = "packed"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -32,13 +33,6 @@ _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 # What some models ask of their attention and this one does not do.
 _REFUSED = ("softcap", "s_aux", "position_bias", "alibi_slopes", "head_mask", "block_table")
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor.to(device)` for a tensor on the CPU, without waiting for the device's queue."""
-    if torch.device(device).type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def packed_inputs(
@@ -139,26 +133,27 @@ def packed(
         raise ValueError("packed attention has no dropout; set the model's attention_dropout to 0")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
+    assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
+    fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
+    if kv_lengths is not None:
+        if fast and runs_on(query):
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
+        assert max_length_k is not None
+        out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
+        return out.transpose(1, 2), None
     if cu_seq_lens_q is None or max_length_q is None or max_length_k is None:
         raise ValueError("packed attention needs the documents' bounds: pass **packed_inputs(...)")
-    assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
     if cu_seq_lens_k is None:
         cu_seq_lens_k = cu_seq_lens_q
     if kv_index is not None:
         key, value = key[:, :, kv_index], value[:, :, kv_index]
-    fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
-    if kv_lengths is not None and fast and runs_on(query):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
-    if kv_lengths is not None:
-        out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
-    elif fast:
+    if fast:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
-    else:
-        ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
-        out = document_by_document(query, key, value, ends, scaling, sliding_window)
+    ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
+    out = document_by_document(query, key, value, ends, scaling, sliding_window)
     return out.transpose(1, 2), None
 
 

@@ -17,7 +17,7 @@ except ImportError:  # a torch without CUDA brings none
     triton = None
 
 LEAST = 16  # rows and columns of a matrix product in Triton
-KEYS = 64  # looked at together
+KEYS = 128  # looked at together
 
 
 def runs_on(query: Tensor) -> bool:

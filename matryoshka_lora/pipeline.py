@@ -38,6 +38,7 @@ from matryoshka_lora.data import (
 from matryoshka_lora.data import (
     Record as DataRecord,
 )
+from matryoshka_lora.device import let_segments_grow
 from matryoshka_lora.evaluation.batched import BatchedEngine
 from matryoshka_lora.evaluation.engine import Engine, Point
 from matryoshka_lora.evaluation.hf import HFEngine
@@ -237,6 +238,7 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
 
 def make_accelerator() -> Accelerator:
     """Processes and device. Raises ValueError where the processes do not know each other."""
+    let_segments_grow()
     # Without being told, accelerate ignores the launcher where there is no GPU.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))

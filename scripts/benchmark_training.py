@@ -48,6 +48,7 @@ from matryoshka_lora.benchmarks import (
 from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
 from matryoshka_lora.data import Example
+from matryoshka_lora.device import let_segments_grow
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.training import fit
@@ -280,6 +281,7 @@ def measure(options: Options) -> None:
     """Measure one shape and merge its entry into the record."""
     assert options.shape is not None
     name, dtype = SHAPES[options.shape]
+    let_segments_grow()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = Config(seed=SEED)
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True

@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from matryoshka_lora.attention import packed, packed_attention, packed_inputs
+from matryoshka_lora.attention import decode, packed, packed_attention, packed_inputs
+from matryoshka_lora.decode_kernel import decode_kernel
 
 SHAPE = {
     "vocab_size": 61,
@@ -150,7 +151,6 @@ def test_decoding_equals_the_last_query(window: int | None) -> None:
     module, lengths, slot = torch.nn.Module(), (5, 1, 8), 10
     k, v = (torch.randn(1, 2, len(lengths) * slot, 8, dtype=torch.float64) for _ in range(2))
     q = torch.randn(1, 4, len(lengths), 8, dtype=torch.float64)
-    bounds = torch.arange(len(lengths) + 1, dtype=torch.int32)
     found, _ = packed(
         module,
         q,
@@ -159,9 +159,6 @@ def test_decoding_equals_the_last_query(window: int | None) -> None:
         None,
         scaling=0.4,
         sliding_window=window,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds * slot,
-        max_length_q=1,
         max_length_k=max(lengths),
         kv_lengths=torch.tensor(lengths, dtype=torch.int32),
     )
@@ -198,6 +195,28 @@ def test_what_it_cannot_do_is_refused() -> None:
     chunked.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
         packed_logits(build(chunked), docs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("heads", "width", "value_width"), [(4, 64, 64), (3, 128, 128), (1, 80, 48)]
+)
+def test_the_kernel_equals_decoding(
+    window: int | None, heads: int, width: int, value_width: int
+) -> None:
+    torch.manual_seed(0)
+    slot, lengths = 391, torch.tensor([391, 1, 128, 129, 17], dtype=torch.int32, device="cuda")
+    k, v = (
+        torch.randn(len(lengths) * slot, 2, n, device="cuda", dtype=torch.bfloat16)
+        for n in (width, value_width)
+    )
+    q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=torch.bfloat16)
+    found = decode_kernel(q, k, v, lengths, 0.1, window)
+    exact = (x.float().transpose(0, 1)[None] for x in (q, k, v))
+    expected = decode(*exact, lengths, slot, 0.1, window)[0].transpose(0, 1)
+    assert relative(found.float(), expected) < 1e-2
 
 
 @pytest.mark.gpu

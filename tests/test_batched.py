@@ -147,7 +147,7 @@ def prompts(n: int) -> list[str]:
 @pytest.fixture(autouse=True)
 def steps_per_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where rows go on past their end until the host looks."""
-    monkeypatch.setitem(batched.STEPS_PER_CHECK, "cpu", 8)
+    monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", 8)
 
 
 def answers(
@@ -184,8 +184,15 @@ def test_generation_of_mixed_points(
     jobs = [(point, request) for point in points(model) for request in requests]
     texts = [output.text for output in check(model, tokenizer, jobs, max_rows=5, max_tokens=100)]
     assert len(set(texts)) > 20
-    for steps, limits in ((8, {}), (8, {"max_rows": 1}), (8, {"max_tokens": 1}), (1, {})):
-        monkeypatch.setitem(batched.STEPS_PER_CHECK, "cpu", steps)
+    for steps, behind, limits in (
+        (8, 0, {}),
+        (8, 1, {"max_rows": 1}),
+        (8, 1, {"max_rows": 5}),
+        (8, 0, {"max_tokens": 1}),
+        (1, 3, {"max_rows": 7, "max_tokens": 100}),
+    ):
+        monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", steps)
+        monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", behind)
         one = BatchedEngine(model, tokenizer, **limits)
         assert [output.text for output in answers(one.run(jobs), jobs)] == texts
 
@@ -315,12 +322,15 @@ def test_one_document(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     assert list(BatchedEngine(model, tokenizer).run([])) == []
 
 
+@pytest.mark.parametrize("behind", [0, 2])
 def test_out_of_memory_halves(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    behind: int,
 ) -> None:
+    monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", behind)
     requests = [generation(tokenizer, i, text, ["a"], 20) for i, text in enumerate(prompts(9))]
     requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(12))]
     jobs = [(point, request) for point in points(model)[:3] for request in requests]

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from matryoshka_lora.adapters import adapter_parameters
 from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config, TrainerConfig
 from matryoshka_lora.data import Example
+from matryoshka_lora.device import to_host
 from matryoshka_lora.files import write_atomically
 from matryoshka_lora.graphs import Graphs
 from matryoshka_lora.methods import Method
@@ -196,24 +197,6 @@ def fit(
         for layer in decoder_layers(model):
             layer._compiled_call_impl = None  # evaluation has other shapes and dtypes
     return log.summary(peak_gib(device, graphs is not None)) | {"cuda_graphs": graphs is not None}
-
-
-def values_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Any]]:
-    """A function that waits for what these tensors hold now, and for nothing asked for since."""
-    copies = {
-        name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
-    }
-    copied = None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        copied = torch.cuda.Event()
-        copied.record()
-
-    def values() -> dict[str, Any]:
-        if copied is not None:
-            copied.synchronize()
-        return {name: copy.tolist() for name, copy in copies.items()}
-
-    return values
 
 
 def reset_peak(device: torch.device) -> None:
@@ -420,7 +403,7 @@ class _StepLog:
             on_step,
         )
         self.rows: list[dict[str, Any]] = []
-        self.pending: tuple[int, list[int], Callable[[], dict[str, Any]], dict[str, Any]] | None
+        self.pending: tuple[int, list[int], Callable[[], dict[str, Tensor]], dict[str, Any]] | None
         self.pending = None
         self.shown = time.monotonic()
         self.file: Any = None
@@ -445,7 +428,7 @@ class _StepLog:
         self, step: int, records: list[int], tensors: dict[str, Tensor], row: dict[str, Any]
     ) -> None:
         # Asked for now: a copy that is asked for later comes behind the next step's work.
-        values = values_later(tensors)
+        values = to_host(tensors)
         self.flush()
         self.pending = (step, records, values, row)
 
@@ -461,7 +444,7 @@ class _StepLog:
             return
         step, records, values_of, row = self.pending
         self.pending = None
-        values = values_of()
+        values: dict[str, Any] = {k: tensor.tolist() for k, tensor in values_of().items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise FloatingPointError(
                 f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}; "

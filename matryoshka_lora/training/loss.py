@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from matryoshka_lora.adapters import set_diagonal
-from matryoshka_lora.attention import packed_inputs, to_device
+from matryoshka_lora.attention import packed_inputs
 from matryoshka_lora.data import Example, pack
+from matryoshka_lora.device import to_device
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,0 +1,45 @@
+"""What passes between host and device without either waiting for the other, and its memory."""
+
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor.to(device)` for a tensor on the CPU, without waiting for the device's queue."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """A function that waits for what these tensors hold now, and for nothing asked for since."""
+    copies = {
+        name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
+    }
+    copied = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def wait() -> dict[str, Tensor]:
+        if copied is not None:
+            copied.synchronize()
+        return copies
+
+    return wait
+
+
+def let_segments_grow() -> None:
+    """Have torch's allocator extend its segments, unless the user has configured it.
+
+    CUDA graphs of many sizes share one pool. With segments of fixed sizes hardly any fits the next
+    size, and the pool takes half as much again as what a single step needs. To be called before the
+    device is first used.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
