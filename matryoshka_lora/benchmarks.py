@@ -145,9 +145,9 @@ def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float
 
 
 def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `entry` into `<folder>/<benchmark>.json` in place of one of the same key; all entries.
+    """Put `entry` into `<folder>/<benchmark>.json`, in place of one of the same key and device.
 
-    Each entry says by itself where it was measured, so that one file may hold several machines.
+    Returns all entries, by `<key> on <device>`, so that one file holds several machines.
     """
     path = folder / f"{benchmark}.json"
     entries: dict[str, Any] = {}
@@ -156,7 +156,8 @@ def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]
         if found.get("schema") != SCHEMA or found.get("benchmark") != benchmark:
             raise ValueError(f"{path} is not a record of this benchmark; move it away")
         entries = found["entries"]
-    entries[key] = {**entry, **environment()}
+    where = environment()
+    entries[f"{key} on {where['device']['name']}"] = {**entry, **where}
     entries = dict(sorted(entries.items()))
     content = {"schema": SCHEMA, "benchmark": benchmark, "entries": entries}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -174,7 +175,7 @@ def write_table(
     lines = [
         {**row, "card": entry["device"]["name"], "torch": entry["versions"]["torch"]}
         for key, entry in entries.items()
-        for row in rows(key, entry)
+        for row in rows(key.partition(" on ")[0], entry)
     ]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     write_atomically(folder / f"{benchmark}.md", f"{note}\n\n{table}\n".encode())

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -55,12 +56,20 @@ def exit_with_one_line() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def run_script(main: Callable[[list[str]], int | None], description: str | None) -> None:
-    """What a script of `scripts/` does with its arguments: show `description`, or run `main`."""
+def run_script(
+    main: Callable[[list[str]], int | None], description: str | None, options: type | None = None
+) -> None:
+    """What a script of `scripts/` does with its arguments: run `main`, or show what there is.
+
+    That is `description`, and the fields of `options`, a dataclass.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s")
     logging.getLogger("matryoshka_lora").setLevel(logging.INFO)
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(description)
+        if options is not None:
+            print("Options (key=value; default in brackets):")
+            _print_settings(_settings_of(options()))
     else:
         with exit_with_one_line():
             code = main(sys.argv[1:])
@@ -99,17 +108,23 @@ def one_line(error: BaseException) -> str:
 
 def settings() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every setting."""
-    found = []
-    config = Config()
-    for outer in dataclasses.fields(Config):
-        value = getattr(config, outer.name)
-        if not dataclasses.is_dataclass(value):
-            found.append((outer.name, value, outer.metadata["help"]))
-            continue
-        for inner in dataclasses.fields(value):
-            key = f"{outer.name}.{inner.name}"
-            found.append((key, getattr(value, inner.name), inner.metadata["help"]))
-    return [(key, "null" if value is None else str(value), text) for key, value, text in found]
+    return _settings_of(Config())
+
+
+def _settings_of(node: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    found: list[tuple[str, str, str]] = []
+    for field in dataclasses.fields(node):
+        key, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            found += _settings_of(value, f"{key}.")
+        else:
+            found.append((key, "null" if value is None else str(value), field.metadata["help"]))
+    return found
+
+
+def _print_settings(settings: list[tuple[str, str, str]]) -> None:
+    for key, default, text in settings:
+        print(f"  {key:<32} {text} [{default}]")
 
 
 def show_help(configs: Path) -> None:
@@ -123,6 +138,5 @@ def show_help(configs: Path) -> None:
         if choices:
             print(f"  {folder.name:<12} {choices}")
     print("\nSettings (key=value; default in brackets; a chosen config may set another):")
-    for key, default, text in settings():
-        print(f"  {key:<32} {text} [{default}]")
+    _print_settings(settings())
     print("\nHydra's own options: python train.py --hydra-help")

@@ -19,6 +19,7 @@ from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import plan_points
 from matryoshka_lora.models import load_model
 from matryoshka_lora.pipeline import run
+from matryoshka_lora.records import environment
 
 CPU = torch.device("cpu")
 
@@ -124,6 +125,9 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     assert benchmark.main([*of_run, *output, "batch_sizes=[1,2,64]", "baseline_points=2"]) == 0
 
     entries = json.loads((tmp_path / "benchmarks" / "sweep.json").read_text())["entries"]
+    device = environment()["device"]["name"]
+    assert all(key.endswith(f" on {device}") for key in entries)
+    entries = {key.removesuffix(f" on {device}"): entry for key, entry in entries.items()}
     run_key, shape_key = sorted(entries, key=lambda key: key.startswith("tiny"))
     assert shape_key == "tiny-r4-0shot-3" and run_key.endswith("arithmetic_word_problems-0shot-3")
     found = entries[shape_key]

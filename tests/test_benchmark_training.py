@@ -10,8 +10,9 @@ from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.adapters import AdapterSpec, add_adapters
 from matryoshka_lora.benchmarks import gsm8k_lengths, training_flops
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import exit_with_one_line, run_script
 from matryoshka_lora.data import Example
+from matryoshka_lora.records import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_training as script  # noqa: E402
@@ -63,8 +64,10 @@ def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, ca
     assert script.main([*options, "rank=2", "methods=[lora]", "baselines=[]"]) == 0
     chosen = ["methods=[lora,nested_dropout]", "baselines=[peft 1x2,free]"]
     assert script.main([*options, "rank=4", *chosen]) == 0
-    entries = json.loads((tmp_path / "training.json").read_text())["entries"]
-    assert set(entries) == {"tiny-r2", "tiny-r4"}
+    device = environment()["device"]["name"]
+    found = json.loads((tmp_path / "training.json").read_text())["entries"]
+    assert list(found) == [f"tiny-r2 on {device}", f"tiny-r4 on {device}"]
+    entries = dict(zip(("tiny-r2", "tiny-r4"), found.values(), strict=True))
     systems = entries["tiny-r4"]["systems"]
     assert list(systems) == ["lora", "nested_dropout", "peft 1x2", "free"]
     assert all(x["tokens_per_second"] > 0 and x["steps"] > 0 for x in systems.values())
@@ -91,3 +94,10 @@ def test_mistakes_give_one_line(argument, message, capsys):
         script.main([argument])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_help_shows_the_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_training.py", "--help"])
+    run_script(script.main, script.__doc__, script.Options)
+    shown = capsys.readouterr().out
+    assert shown.startswith("Training speed") and "seconds" in shown and "[60.0]" in shown

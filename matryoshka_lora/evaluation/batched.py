@@ -43,7 +43,7 @@ LOOKS_BEHIND = {"cpu": 0, "cuda": 1}
 """Prefills or rounds of steps that are asked for before the host looks at an earlier one."""
 CPU_SLOTS_BYTES = 512 * 2**20
 """Keys and values held on the CPU at most."""
-LIMITS = {"cpu": (512, 2048), "cuda": (4096, 65536)}
+LIMITS = {"cpu": (1024, 2048), "cuda": (4096, 65536)}
 """Per device: rows decoded together and tokens prefilled together, where nothing else is asked."""
 CUDA_PREFILL_NUMBERS = 2**26
 """On CUDA a wide model prefills fewer tokens: tokens x hidden size at most."""
