@@ -98,8 +98,8 @@ class AdapterLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.p.to(x)
-        # The large product is added to the small one, in place: it has the time to read y. Added
-        # the other way round, y would be read and written once more.
+        # The large product is added to the small one, in place: it is bound by arithmetic, so that
+        # reading y costs nothing there. The other way round, y is read and written once more.
         y = F.linear(h.flatten(0, -2), self.lora_B.to(x.dtype), self.bias)
         y.addmm_(x.flatten(0, -2), self.weight.t())
         return y.unflatten(0, x.shape[:-1])

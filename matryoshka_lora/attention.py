@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from matryoshka_lora.decode_kernel import decode_kernel, runs_on
+from matryoshka_lora.decode_kernel import AVAILABLE, decode_kernel
 from matryoshka_lora.device import to_device
 
 PACKED = "packed"
@@ -120,7 +120,8 @@ def packed(
 
     kv_index (T_k,): the documents' keys are `key[:, :, kv_index]`, so that several may share them.
     kv_lengths (rows,), int32: decoding. There is one query a row; the keys are slots of equal size,
-    of which row i uses the first kv_lengths[i], at most max_length_k.
+    of which row i uses the first kv_lengths[i]. No more than max_length_k, which saves the plain
+    functions some work.
     reference: use the plain functions where flash attention or the kernel would be used.
     """
     for name in _REFUSED:
@@ -136,7 +137,7 @@ def packed(
     assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
     fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
     if kv_lengths is not None:
-        if fast and runs_on(query):
+        if fast and AVAILABLE:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
         assert max_length_k is not None

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 
-SCHEMA = 1
+SCHEMA = 2
 SHAPES = {
     "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
     "llama3_1b": ("meta-llama/Llama-3.2-1B-Instruct", "bfloat16"),
@@ -175,7 +175,7 @@ def write_table(
     lines = [
         {**row, "card": entry["device"]["name"], "torch": entry["versions"]["torch"]}
         for key, entry in entries.items()
-        for row in rows(key.partition(" on ")[0], entry)
+        for row in rows(key.removesuffix(f" on {entry['device']['name']}"), entry)
     ]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     write_atomically(folder / f"{benchmark}.md", f"{note}\n\n{table}\n".encode())

@@ -16,13 +16,10 @@ try:
 except ImportError:  # a torch without CUDA brings none
     triton = None
 
+AVAILABLE = triton is not None
 LEAST = 16  # rows and columns of a matrix product in Triton
-KEYS = 128  # looked at together
-
-
-def runs_on(query: Tensor) -> bool:
-    """Whether the kernel can take these tensors."""
-    return triton is not None and query.is_cuda
+# Looked at together. More are no faster, and from 64 on do not fit the shared memory of every card.
+KEYS = 32
 
 
 def decode_kernel(
@@ -43,11 +40,12 @@ def decode_kernel(
     out = query.new_empty(rows, heads, value_width)
     assert query.stride(2) == key.stride(2) == value.stride(2) == 1, "d is the innermost axis"
     scaling = 1 / math.sqrt(width) if scaling is None else scaling
-    _kernel[(kv_heads, rows)](
+    _kernel[(rows * kv_heads,)](
         *(query, key, value, out, kv_lengths),
         scaling / math.log(2),
         key.shape[0] // rows,
         *(x.stride(axis) for x in (query, key, value, out) for axis in (0, 1)),
+        KEY_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         QUERIES=max(triton.next_power_of_2(heads // kv_heads), LEAST),
         KEYS=KEYS,
@@ -81,6 +79,7 @@ if triton is not None:
         value_head,
         out_row,
         out_head,
+        KEY_HEADS: tl.constexpr,
         GROUP: tl.constexpr,
         QUERIES: tl.constexpr,
         KEYS: tl.constexpr,
@@ -91,7 +90,7 @@ if triton is not None:
         VALUE_WIDTH_2: tl.constexpr,
     ):
         """One program a row and key head. scale: for powers of 2; WINDOW: 0 for none."""
-        head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        head, row = tl.program_id(0) % KEY_HEADS, (tl.program_id(0) // KEY_HEADS).to(tl.int64)
         heads = head * GROUP + tl.arange(0, QUERIES)
         real = tl.arange(0, QUERIES)[:, None] < GROUP
         columns, value_columns = tl.arange(0, WIDTH_2), tl.arange(0, VALUE_WIDTH_2)

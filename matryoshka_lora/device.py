@@ -21,14 +21,15 @@ def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     copies = {
         name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
     }
-    copied = None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        copied = torch.cuda.Event()
-        copied.record()
+    copied = []
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        copied.append(event)
 
     def wait() -> dict[str, Tensor]:
-        if copied is not None:
-            copied.synchronize()
+        for event in copied:
+            event.synchronize()
         return copies
 
     return wait
@@ -41,5 +42,5 @@ def let_segments_grow() -> None:
     size, and the pool takes half as much again as what a single step needs. To be called before the
     device is first used.
     """
-    if not any(name in os.environ for name in ALLOCATOR):
+    if torch.cuda.is_available() and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"

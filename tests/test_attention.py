@@ -201,7 +201,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
-    ("heads", "width", "value_width"), [(4, 64, 64), (3, 128, 128), (1, 80, 48)]
+    ("heads", "width", "value_width"), [(4, 64, 64), (3, 128, 128), (1, 80, 48), (8, 256, 256)]
 )
 def test_the_kernel_equals_decoding(
     window: int | None, heads: int, width: int, value_width: int

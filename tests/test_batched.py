@@ -145,9 +145,10 @@ def prompts(n: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def steps_per_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def late_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where rows go on past their end until the host looks."""
-    monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", 8)
+    monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", 4)
+    monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", 1)
 
 
 def answers(
@@ -172,6 +173,22 @@ def check(
         assert (a.text, a.is_greedy) == (b.text, b.is_greedy)
         assert a.logprob == pytest.approx(b.logprob, rel=1e-6)
     return found
+
+
+@pytest.mark.parametrize("longest", [0, 1])
+def test_a_row_of_one_token_stays_in_its_slot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    longest: int,
+) -> None:
+    """Its first token completes it, and the next steps take it along until the host has looked."""
+    texts = [TEXT[:150], TEXT[150:180]]
+    lengths = [1, 12] if longest == 0 else [12, 1]
+    pairs = list(zip(texts if longest == 0 else texts[::-1], lengths, strict=True))
+    requests = [generation(tokenizer, i, text, [], n) for i, (text, n) in enumerate(pairs)]
+    # The engine sorts by length, so the other way round the long one comes last by its point.
+    jobs = [(p, r) for p, r in zip(points(model)[1:3], requests, strict=True)]
+    check(model, tokenizer, jobs)
 
 
 def test_generation_of_mixed_points(
@@ -205,8 +222,15 @@ def test_replayed_steps_take_further_rows_along(
     layer = next(iter(adapter_layers(model).values()))
 
     def capture(function: Callable[[], torch.Tensor], pool: object) -> Callable[[], torch.Tensor]:
-        sizes.append((function.args[1], len(layer.lora_A)))  # type: ignore[attr-defined]
-        return function
+        rank = len(layer.lora_A)
+        sizes.append((function.args[1], rank))  # type: ignore[attr-defined]
+
+        def replay() -> torch.Tensor:
+            # A graph would go on with what it was captured with.
+            assert len(layer.lora_A) == layer.p.shape[-1] == rank
+            return function()
+
+        return replay
 
     monkeypatch.setattr(batched, "Graphs", lambda: Graphs(capture))
     requests = [
@@ -395,6 +419,34 @@ def test_what_it_cannot_do_is_refused(
         BatchedEngine(model, tokenizer)
 
 
+def test_without_triton_decoding_is_slower_and_says_so(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(batched, "AVAILABLE", False)
+    assert not batched.attention_agrees(model, [], model.device, decoding=True)
+    assert "Triton is not installed" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("config", "fuses"), [(llama(), True), (Gemma3TextConfig(**SHAPE, sliding_window=9), False)]
+)
+def test_norms_are_fused_where_they_are_alike(
+    tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, fuses: bool
+) -> None:
+    """Gemma's multiply by 1 + weight."""
+    model = build(tokenizer, config).to("cuda", torch.bfloat16)
+    norm = model.model.norm
+    x = torch.randn(1, 5, SHAPE["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = norm(x)
+        with batched.fused_norms(model):
+            assert ("forward" in vars(norm)) == fuses
+            torch.testing.assert_close(norm(x), before, rtol=0.02, atol=0.02)
+    assert "forward" not in vars(norm)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -407,7 +459,9 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
     for i, text in enumerate(prompts(20)):
         requests.append(generation(tokenizer, i, text, ["\n"], 30))
         requests += [likelihood(tokenizer, i, text, e) for e in (" 19", "\nAnswer: 7 apples")]
-    jobs = [(point, request) for point in points(model)[:3] for request in requests]
+    # The base, rank 1 and all of R: computed with 8 rows of the factors, and with all.
+    chosen = [points(model)[i] for i in (0, 1, -1)]
+    jobs = [(point, request) for point in chosen for request in requests]
     if dtype == torch.float64:
         check(model, tokenizer, jobs, max_rows=13, max_tokens=700, cuda_graphs=graphs)
         return

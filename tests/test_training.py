@@ -16,7 +16,7 @@ from matryoshka_lora.adapters import adapter_layers, adapter_parameters, add_ada
 from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config
 from matryoshka_lora.data import Example
-from matryoshka_lora.device import to_host
+from matryoshka_lora.device import ALLOCATOR, let_segments_grow, to_host
 from matryoshka_lora.methods import adapter_spec_of, build_method
 from matryoshka_lora.training import batch_loss, fit, loop
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
@@ -466,3 +466,15 @@ def test_values_are_those_of_the_time_they_were_asked_for():
     values = to_host({"a": tensor})
     tensor.zero_()
     assert values()["a"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_the_allocator_is_configured_unless_the_user_did(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    let_segments_grow()
+    assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"
+    monkeypatch.delenv(ALLOCATOR[0])
+    monkeypatch.setenv(ALLOCATOR[1], "max_split_size_mb:64")
+    let_segments_grow()
+    assert ALLOCATOR[0] not in os.environ

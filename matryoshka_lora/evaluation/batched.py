@@ -13,7 +13,7 @@ which matters only where a stop string crosses another or is a special token).
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, islice, product
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import AdapterLinear, adapter_layers
 from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
+from matryoshka_lora.decode_kernel import AVAILABLE
 from matryoshka_lora.device import to_device, to_host
 from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.hf import evaluation_mode
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 Answers = list[tuple[int, Output]]
 
 STEPS_PER_LOOK = {"cpu": 1, "cuda": 4}
-"""Decoding steps between two looks of the host; on average a finished row idles for half of them.
-A GPU should not wait for the host at each step, a CPU has nothing to wait for."""
+"""Decoding steps between two looks of the host. A finished row idles for half of them on average,
+and for as many again with every look behind. A CPU has nothing to wait for."""
 LOOKS_BEHIND = {"cpu": 0, "cuda": 1}
 """Prefills or rounds of steps that are asked for before the host looks at an earlier one."""
 CPU_SLOTS_BYTES = 512 * 2**20
@@ -53,10 +54,12 @@ CUDA_LOGITS_SHARE = 1 / 32
 """Likewise on CUDA, as a share of the device's memory."""
 LOGPROB_ROWS = 1024
 """Rows of logits that are turned to float32 at a time."""
-RANK_MULTIPLE = 8
-"""Of the rows of the factors that are computed with; tensor cores want it."""
+LEAST_RANK = 8
+"""Rows of the factors that are computed with at least; tensor cores want multiples of it."""
 HALF_TOLERANCE = 0.02
-"""Relative difference allowed between two forms in half precision (bf16 rounds by 0.004)."""
+"""Relative difference allowed between two attentions in half precision; bf16 rounds by 0.004."""
+NORM_TOLERANCE = 0.005
+"""Likewise between two norms, which differ by one rounding."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "repetition_penalty": (None, 1.0),
@@ -136,11 +139,17 @@ class BatchedEngine:
             layers = stack.enter_context(compute_factors(self.model))
             if not self.lockstep:  # sharded weights are gathered inside the modules
                 stack.enter_context(fused_norms(self.model))
-            batch = Batch(self, layers, jobs)
+            # Only while it works: what the caller does between two answers is not the engine's.
+            here: AbstractContextManager[Any] = nullcontext()
+            if self.model.device.type == "cuda":
+                here = torch.cuda.device(self.model.device)
+            with here:
+                batch = Batch(self, layers, jobs)
             while batch.busy:
                 answers = None
                 try:
-                    answers = batch.advance()
+                    with here:
+                        answers = batch.advance()
                 except torch.OutOfMemoryError as error:
                     logger.debug("out of memory", exc_info=error)
                 # Outside the handler, where the failed call's tensors are gone.
@@ -195,36 +204,41 @@ def fused_norms(model: PreTrainedModel) -> Iterator[None]:
     """RMS norms in half precision on CUDA as one kernel each, where that gives the same.
 
     transformers' modules take seven, a tenth of a prefill's time. The result is rounded once here
-    and twice there.
+    and twice there. Each module is tried: some multiply by 1 + weight.
     """
-    same: dict[tuple[type, torch.Size], bool] = {}
     replaced = []
     try:
         for module in model.modules():
             weight = getattr(module, "weight", None)
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
+            if not type(module).__name__.endswith("RMSNorm") or "forward" in vars(module):
                 continue
-            if not (weight.is_cuda and weight.dtype in FLASH_DTYPES and isinstance(eps, float)):
+            if not (isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)):
                 continue
-            fused = partial(
-                F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps
-            )
-            kind = (type(module), weight.shape)
-            if kind not in same:
-                with torch.no_grad():
-                    x = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device)
-                    x = x.view(1, 4, -1).to(weight.dtype)
-                    expected = module(x).float()
-                    error = (fused(x).float() - expected).norm() / expected.norm()
-                same[kind] = float(error) < HALF_TOLERANCE
-            if same[kind]:
-                module.forward = fused
-                replaced.append(module)
+            if weight.is_cuda and weight.dtype in FLASH_DTYPES:
+                fused = fused_norm(module, weight, eps)
+                if fused is not None:
+                    module.forward = fused
+                    replaced.append(module)
         yield
     finally:
         for module in replaced:
             del module.forward
+
+
+@torch.no_grad()
+def fused_norm(module: nn.Module, weight: Tensor, eps: float) -> Callable[[Tensor], Tensor] | None:
+    """torch's RMS norm in place of `module`, None if it gives something else."""
+    fused = partial(F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)
+    x = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device)
+    x = x.view(1, 4, -1).to(weight.dtype)
+    try:
+        expected = module(x).float()
+    except Exception as reason:  # it wants more than the hidden states, or returns more
+        logger.debug("%s stays as it is: %s", type(module).__name__, reason)
+        return None
+    error = (fused(x).float() - expected).norm() / expected.norm()
+    return fused if float(error) < NORM_TOLERANCE else None
 
 
 @dataclass
@@ -371,8 +385,10 @@ class Rows:
         self.point[rows] = [g.point for g in groups]
         at, points = self._index(rows), self._index(self.point[rows])
         self.token[at] = tokens
-        self.position[at] = self._index(self.context[rows]).int()
-        self.last[at] = self._index(self.context[rows] + self.limit[rows] - 2).int()
+        last = self.context[rows] + self.limit[rows] - 2
+        # A row that its first token completes stays in place until the host has noticed, too.
+        self.position[at] = self._index(np.minimum(self.context[rows], last)).int()
+        self.last[at] = self._index(last).int()
         self.p[0, at] = self.table[points]
         # Last, so that rows count as filled only where memory did not run out on the way.
         for row, g in zip(rows, groups, strict=True):
@@ -827,12 +843,15 @@ def round_up(rows: int) -> int:
 
 
 def live_ranks(table: Tensor) -> np.ndarray:
-    """(points, R) -> (points,): how many entries of each diagonal to compute with, the last others
-    being zero. In multiples of RANK_MULTIPLE, but R at most."""
+    """(points, R) -> (points,): how many entries of each diagonal to compute with; others are 0.
+
+    Powers of two from LEAST_RANK on, but R at most: few numbers, as each has graphs of its own.
+    """
     places = torch.arange(1, table.shape[1] + 1)
     last = (places * (table != 0).to(places)).amax(1)
-    whole = (last + RANK_MULTIPLE - 1) // RANK_MULTIPLE * RANK_MULTIPLE
-    return whole.clamp(min(RANK_MULTIPLE, table.shape[1]), table.shape[1]).numpy()
+    steps = [1 << k for k in range(LEAST_RANK.bit_length() - 1, table.shape[1].bit_length())]
+    allowed = np.array([step for step in steps if step < table.shape[1]] + [table.shape[1]])
+    return allowed[np.searchsorted(allowed, last.numpy())]
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -982,6 +1001,9 @@ def attention_agrees(
     Tried on random data of these shapes as it is used: endings that share a context, few and many
     rows of slots. torch's interface differs between versions, and a wrong answer would be silent.
     """
+    if decoding and not AVAILABLE:
+        logger.warning("Triton is not installed, so decoding is slower")
+        return False
     config = model.config.get_text_config()
     generator = torch.Generator(device).manual_seed(0)
     size = 640
