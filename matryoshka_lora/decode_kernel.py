@@ -18,7 +18,8 @@ except ImportError:  # a torch without CUDA brings none
 
 AVAILABLE = triton is not None
 LEAST = 16  # rows and columns of a matrix product in Triton
-# Looked at together. More are no faster, and from 64 on do not fit the shared memory of every card.
+# Looked at together. More are no faster, and do not fit the shared memory of every card at a width
+# of 256.
 KEYS = 32
 
 

@@ -29,7 +29,7 @@ from matryoshka_lora.adapters import (
 from matryoshka_lora.attention import packed_attention, packed_inputs
 from matryoshka_lora.diagonals import matryoshka_diagonal
 from matryoshka_lora.evaluation import batched
-from matryoshka_lora.evaluation.batched import BatchedEngine, Probe, attention_agrees
+from matryoshka_lora.evaluation.batched import BatchedEngine, KeyShape, Probe, attention_agrees
 from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.graphs import Graphs
@@ -423,8 +423,24 @@ def test_without_triton_decoding_is_slower_and_says_so(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batched, "AVAILABLE", False)
-    assert not batched.attention_agrees(model, [], model.device, decoding=True)
-    assert "Triton is not installed" in caplog.text
+    for dtype, agrees in ((torch.float32, True), (torch.bfloat16, False)):
+        shapes = [KeyShape((2, 8), (2, 8), dtype)]
+        assert attention_agrees(model, shapes, model.device, decoding=True) == agrees
+        assert ("Triton is not installed" in caplog.text) != agrees
+
+
+def test_a_norm_stays_where_torch_has_no_other_form_of_it() -> None:
+    class Scaled(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.005 * super().forward(x)
+
+    class Twofold(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+            return super().forward(x), None
+
+    for kind, fuses in ((torch.nn.RMSNorm, True), (Scaled, False), (Twofold, False)):
+        norm = kind(16, eps=1e-5)
+        assert (batched.fused_norm(norm, norm.weight, 1e-5) is not None) == fuses
 
 
 @pytest.mark.gpu

@@ -470,11 +470,15 @@ def test_values_are_those_of_the_time_they_were_asked_for():
 
 def test_the_allocator_is_configured_unless_the_user_did(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
+    # A copy, so that nothing of it stays.
+    environ = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    monkeypatch.setattr(os, "environ", environ)
     let_segments_grow()
-    assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"
-    monkeypatch.delenv(ALLOCATOR[0])
-    monkeypatch.setenv(ALLOCATOR[1], "max_split_size_mb:64")
+    assert environ.pop(ALLOCATOR[0]) == "expandable_segments:True"
+    environ[ALLOCATOR[1]] = "max_split_size_mb:64"
     let_segments_grow()
-    assert ALLOCATOR[0] not in os.environ
+    assert ALLOCATOR[0] not in environ
+    del environ[ALLOCATOR[1]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    let_segments_grow()
+    assert ALLOCATOR[0] not in environ
