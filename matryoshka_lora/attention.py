@@ -135,10 +135,12 @@ def packed(
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
     assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
+    if kv_index is not None:
+        key, value = key[:, :, kv_index], value[:, :, kv_index]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
     if kv_lengths is not None:
         if fast and AVAILABLE:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
         assert max_length_k is not None
         out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
@@ -147,10 +149,7 @@ def packed(
         raise ValueError("packed attention needs the documents' bounds: pass **packed_inputs(...)")
     if cu_seq_lens_k is None:
         cu_seq_lens_k = cu_seq_lens_q
-    if kv_index is not None:
-        key, value = key[:, :, kv_index], value[:, :, kv_index]
     if fast:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
     ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options")
 
 SCHEMA = 2
+FOLDERS = ("run", "data_path", "output")
 SHAPES = {
     "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
     "llama3_1b": ("meta-llama/Llama-3.2-1B-Instruct", "bfloat16"),
@@ -54,6 +56,11 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
     options = OmegaConf.to_object(given)
     assert isinstance(options, kind)
     return options
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """The options, a dataclass, without folders, which other machines do not have."""
+    return {key: value for key, value in asdict(options).items() if key not in FOLDERS}
 
 
 def run_each(script: str, entries: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from matryoshka_lora.benchmarks import (
     merge_entry,
     parse,
     run_each,
+    settings_of,
     synchronize,
     write_table,
 )
@@ -329,12 +330,6 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
         "matmul_flops": ceiling,
     }
     return {f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}": entry}
-
-
-def settings_of(options: Options) -> dict[str, Any]:
-    """The options without folders, which other machines do not have."""
-    folders = ("run", "data_path", "output")
-    return {key: value for key, value in asdict(options).items() if key not in folders}
 
 
 class Recorder:

@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from matryoshka_lora.benchmarks import (
     parse,
     random_examples,
     run_each,
+    settings_of,
     synchronize,
     training_flops,
     write_table,
@@ -48,9 +49,9 @@ from matryoshka_lora.benchmarks import (
 from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
 from matryoshka_lora.data import Example
-from matryoshka_lora.device import let_segments_grow
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
+from matryoshka_lora.pipeline import make_accelerator
 from matryoshka_lora.training import fit
 from matryoshka_lora.training.loop import peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids
@@ -155,7 +156,9 @@ class _Measured(Exception):
     """Ends a training that goes on for longer than is needed."""
 
 
-def measure_ours(config: Config, examples: Sequence[Example], clock: Clock) -> dict[str, Any]:
+def measure_ours(
+    config: Config, examples: Sequence[Example], clock: Clock, accelerator: Accelerator
+) -> dict[str, Any]:
     """This project's own loop, as `train.py` runs it."""
     model = load_model(config.model, clock.device)
     spec = adapter_spec_of(config)
@@ -168,7 +171,6 @@ def measure_ours(config: Config, examples: Sequence[Example], clock: Clock) -> d
         if figures := clock.tick(row["step"] + 2):
             raise _Measured(figures)
 
-    accelerator = Accelerator(mixed_precision="no", cpu=clock.device.type == "cpu")
     with tempfile.TemporaryDirectory() as folder:
         try:
             method = build_method(config)
@@ -281,8 +283,8 @@ def measure(options: Options) -> None:
     """Measure one shape and merge its entry into the record."""
     assert options.shape is not None
     name, dtype = SHAPES[options.shape]
-    let_segments_grow()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = make_accelerator()
+    device = accelerator.device
     config = Config(seed=SEED)
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
     config.adapter.rank = options.rank
@@ -310,14 +312,14 @@ def measure(options: Options) -> None:
             else:
                 config.method.name = system
                 clock.graphs = trainer.cuda_graphs
-                figures = measure_ours(config, examples, clock)
+                figures = measure_ours(config, examples, clock, accelerator)
         except torch.OutOfMemoryError as error:
             figures = {"error": str(error).splitlines()[0]}
         systems[system] = figures
         logger.info("%s: %s", system, figures)
         # System by system, so that what was measured stays, whatever becomes of the next.
         entry = {
-            "options": asdict(options),
+            "options": settings_of(options),
             "matmul_flops": ceiling,
             "model_flops": flops,
             "systems": systems,

@@ -175,19 +175,17 @@ def check(
     return found
 
 
-@pytest.mark.parametrize("longest", [0, 1])
+@pytest.mark.parametrize("limits", [(1, 12), (12, 1)])
 def test_a_row_of_one_token_stays_in_its_slot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    longest: int,
+    limits: tuple[int, int],
 ) -> None:
     """Its first token completes it, and the next steps take it along until the host has looked."""
-    texts = [TEXT[:150], TEXT[150:180]]
-    lengths = [1, 12] if longest == 0 else [12, 1]
-    pairs = list(zip(texts if longest == 0 else texts[::-1], lengths, strict=True))
-    requests = [generation(tokenizer, i, text, [], n) for i, (text, n) in enumerate(pairs)]
-    # The engine sorts by length, so the other way round the long one comes last by its point.
-    jobs = [(p, r) for p, r in zip(points(model)[1:3], requests, strict=True)]
+    texts = {1: TEXT[:150], 12: TEXT[150:180]}
+    requests = [generation(tokenizer, i, texts[n], [], n) for i, n in enumerate(limits)]
+    # A point each, so that their order stays.
+    jobs = list(zip(points(model)[1:3], requests, strict=True))
     check(model, tokenizer, jobs)
 
 
