@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from matryoshka_lora.decode_kernel import AVAILABLE, decode_kernel
 from matryoshka_lora.device import to_device
+from matryoshka_lora.kernels import AVAILABLE, decode_attention
 
 PACKED = "packed"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -141,7 +141,7 @@ def packed(
     fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
     if kv_lengths is not None:
         if fast and AVAILABLE:
-            return decode_kernel(q, k, v, kv_lengths, scaling, sliding_window)[None], None
+            return decode_attention(q, k, v, kv_lengths, scaling, sliding_window)[None], None
         assert max_length_k is not None
         out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
         return out.transpose(1, 2), None

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from matryoshka_lora.attention import decode, packed, packed_attention, packed_inputs
-from matryoshka_lora.decode_kernel import decode_kernel
+from matryoshka_lora.kernels import decode_attention
 
 SHAPE = {
     "vocab_size": 61,
@@ -213,7 +213,7 @@ def test_the_kernel_equals_decoding(
         for n in (width, value_width)
     )
     q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=torch.bfloat16)
-    found = decode_kernel(q, k, v, lengths, 0.1, window)
+    found = decode_attention(q, k, v, lengths, 0.1, window)
     exact = (x.float().transpose(0, 1)[None] for x in (q, k, v))
     expected = decode(*exact, lengths, slot, 0.1, window)[0].transpose(0, 1)
     assert relative(found.float(), expected) < 1e-2

@@ -427,40 +427,6 @@ def test_without_triton_decoding_is_slower_and_says_so(
         assert ("Triton is not installed" in caplog.text) != agrees
 
 
-def test_a_norm_stays_where_torch_has_no_other_form_of_it() -> None:
-    class Scaled(torch.nn.RMSNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1.005 * super().forward(x)
-
-    class Twofold(torch.nn.RMSNorm):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-            return super().forward(x), None
-
-    for kind, fuses in ((torch.nn.RMSNorm, True), (Scaled, False), (Twofold, False)):
-        norm = kind(16, eps=1e-5)
-        assert (batched.fused_norm(norm, norm.weight, 1e-5) is not None) == fuses
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(
-    ("config", "fuses"), [(llama(), True), (Gemma3TextConfig(**SHAPE, sliding_window=9), False)]
-)
-def test_norms_are_fused_where_they_are_alike(
-    tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, fuses: bool
-) -> None:
-    """Gemma's multiply by 1 + weight."""
-    model = build(tokenizer, config).to("cuda", torch.bfloat16)
-    norm = model.model.norm
-    x = torch.randn(1, 5, SHAPE["hidden_size"], device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        before = norm(x)
-        with batched.fused_norms(model):
-            assert ("forward" in vars(norm)) == fuses
-            torch.testing.assert_close(norm(x), before, rtol=0.02, atol=0.02)
-    assert "forward" not in vars(norm)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -22,17 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.adapters import AdapterLinear, adapter_layers
 from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
-from matryoshka_lora.decode_kernel import AVAILABLE
 from matryoshka_lora.device import to_device, to_host
 from matryoshka_lora.diagonals import powers_of_two
 from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
+from matryoshka_lora.evaluation.fused import fused
 from matryoshka_lora.evaluation.hf import evaluation_mode
 from matryoshka_lora.graphs import Graphs
+from matryoshka_lora.kernels import AVAILABLE
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,6 @@ LEAST_RANK = 8
 """Rows of the factors that are computed with at least; tensor cores want multiples of it."""
 ATTENTION_TOLERANCE = 0.02
 """Relative difference allowed between two attentions in half precision; bf16 rounds by 0.004."""
-NORM_TOLERANCE = 0.01
-"""Likewise between two norms, which differ by one rounding."""
-NORM_BIAS = 0.001
-"""Their difference in size, which rounding does not change: 1 + weight is 1 more than weight."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "repetition_penalty": (None, 1.0),
@@ -141,7 +138,7 @@ class BatchedEngine:
             stack.enter_context(packed_attention(self.model))
             layers = stack.enter_context(compute_factors(self.model))
             if not self.lockstep:  # sharded weights are gathered inside the modules
-                stack.enter_context(fused_norms(self.model))
+                stack.enter_context(fused(self.model))
             # Only while it works: what the caller does between two answers is not the engine's.
             here: AbstractContextManager[Any] = nullcontext()
             if self.model.device.type == "cuda":
@@ -200,53 +197,6 @@ def compute_factors(model: PreTrainedModel) -> Iterator[list[AdapterLinear]]:
     finally:
         for layer, (A, B, p) in zip(layers, before, strict=True):
             layer.lora_A.data, layer.lora_B.data, layer.p = A, B, p
-
-
-@contextmanager
-def fused_norms(model: PreTrainedModel) -> Iterator[None]:
-    """RMS norms in half precision on CUDA as one kernel each, where that gives the same.
-
-    transformers' modules take seven, a tenth of a prefill's time. The result is rounded once here
-    and twice there. Each module is tried: some multiply by 1 + weight.
-    """
-    replaced = []
-    try:
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if not type(module).__name__.endswith("RMSNorm") or "forward" in vars(module):
-                continue
-            if not (isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)):
-                continue
-            if weight.is_cuda and weight.dtype in FLASH_DTYPES:
-                fused = fused_norm(module, weight, eps)
-                if fused is not None:
-                    module.forward = fused
-                    replaced.append(module)
-        yield
-    finally:
-        for module in replaced:
-            del module.forward
-
-
-@torch.no_grad()
-def fused_norm(module: nn.Module, weight: Tensor, eps: float) -> Callable[[Tensor], Tensor] | None:
-    """torch's RMS norm in place of `module`, None if it gives something else."""
-    fused = partial(F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)
-    x = torch.linspace(-2, 3, 64 * weight.numel(), device=weight.device)
-    x = x.view(1, 64, -1).to(weight.dtype)
-    try:
-        expected = module(x).float()
-    except Exception as reason:  # it wants more than the hidden states, or returns more
-        logger.debug("%s stays as it is: %s", type(module).__name__, reason)
-        return None
-    found = fused(x).float()
-    error = float((found - expected).norm() / expected.norm())
-    bias = float((found * expected).sum() / expected.square().sum() - 1)
-    if error < NORM_TOLERANCE and abs(bias) < NORM_BIAS:
-        return fused
-    logger.debug("%s stays as it is: off by %.3g", type(module).__name__, error)
-    return None
 
 
 @dataclass

@@ -1,13 +1,17 @@
-"""Attention of one new token a row over the row's slot of keys, as one Triton kernel.
+"""Triton kernels of the batched engine, for half precision on CUDA.
 
-Flash attention works on tiles of 128 queries. In decoding there is one query a row, times the few
-heads that share a key head, so nearly all of a tile is computed for nothing, and the time goes
-there and not into reading the keys. Here a tile has 16 rows. See `attention.decode` for the same
-in plain functions.
+`decode_attention`: one new token a row over the row's slot of keys. Flash attention works on tiles
+of 128 queries. In decoding there is one query a row, times the few heads that share a key head, so
+nearly all of a tile is computed for nothing, and the time goes there and not into reading the keys.
+Here a tile has 16 rows. See `attention.decode` for the same in plain functions.
+
+`rotate` and `gated_silu`: what transformers computes in nine and in two passes over memory, in one.
+They round where transformers rounds, so they give the same numbers.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 try:
@@ -21,9 +25,10 @@ LEAST = 16  # rows and columns of a matrix product in Triton
 # Looked at together. More are no faster, and do not fit the shared memory of every card at a width
 # of 256.
 KEYS = 32
+BLOCK = 2048  # numbers that a program of an elementwise kernel works on
 
 
-def decode_kernel(
+def decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,7 +46,7 @@ def decode_kernel(
     out = query.new_empty(rows, heads, value_width)
     assert query.stride(2) == key.stride(2) == value.stride(2) == 1, "d is the innermost axis"
     scaling = 1 / math.sqrt(width) if scaling is None else scaling
-    _kernel[(rows * kv_heads,)](
+    _attend[(rows * kv_heads,)](
         *(query, key, value, out, kv_lengths),
         scaling / math.log(2),
         key.shape[0] // rows,
@@ -61,10 +66,36 @@ def decode_kernel(
     return out
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of queries or keys, `x * cos + rotate_half(x) * sin`.
+
+    x: (1, heads, T, d), cos and sin: (1, T, d), all of one dtype -> like x.
+    """
+    _, heads, tokens, width = x.shape
+    out = torch.empty_like(x)
+    assert x.stride(3) == out.stride(3) == cos.stride(2) == sin.stride(2) == 1, "d is innermost"
+    _rotate[(tokens,)](
+        *(x, cos, sin, out),
+        *(x.stride(2), x.stride(1), cos.stride(1), sin.stride(1), out.stride(2), out.stride(1)),
+        HEADS=heads,
+        HALF=width // 2,
+        HEADS_2=triton.next_power_of_2(heads),
+        HALF_2=triton.next_power_of_2(width // 2),
+    )
+    return out
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, written over `gate`; both contiguous and of one shape and dtype."""
+    assert gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
+    _gate[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, gate.numel(), BLOCK=BLOCK)
+    return gate
+
+
 if triton is not None:
 
     @triton.jit(do_not_specialize=["slot"])  # it differs from batch to batch
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _attend(  # type: ignore[no-untyped-def]
         query,
         key,
         value,
@@ -133,3 +164,50 @@ if triton is not None:
             (mean / total[:, None]).to(out.dtype.element_ty),
             mask=real & value_inside,
         )
+
+    @triton.jit
+    def _rotate(  # type: ignore[no-untyped-def]
+        x,
+        cos,
+        sin,
+        out,
+        x_token,
+        x_head,
+        cos_token,
+        sin_token,
+        out_token,
+        out_head,
+        HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+        HEADS_2: tl.constexpr,
+        HALF_2: tl.constexpr,
+    ):
+        """One program a token, all its heads."""
+        kind = x.dtype.element_ty
+        token = tl.program_id(0).to(tl.int64)
+        head, column = tl.arange(0, HEADS_2)[:, None], tl.arange(0, HALF_2)[None, :]
+        inside = column < HALF
+        real = (head < HEADS) & inside
+        cos += token * cos_token + column
+        sin += token * sin_token + column
+        x += token * x_token + head * x_head + column
+        out += token * out_token + head * out_head + column
+        a, b = tl.load(x, real, 0.0).to(tl.float32), tl.load(x + HALF, real, 0.0).to(tl.float32)
+        c, d = tl.load(cos, inside, 0.0), tl.load(cos + HALF, inside, 0.0)
+        s, t = tl.load(sin, inside, 0.0), tl.load(sin + HALF, inside, 0.0)
+        # As transformers does it: each product is rounded, then their sum.
+        first = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
+        second = (b * d).to(kind).to(tl.float32) + (a * t).to(kind).to(tl.float32)
+        tl.store(out, first.to(kind), real)
+        tl.store(out + HALF, second.to(kind), real)
+
+    @triton.jit
+    def _gate(gate, up, numbers, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One program a block."""
+        kind = gate.dtype.element_ty
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < numbers
+        x = tl.load(gate + at, inside, 0.0).to(tl.float32)
+        y = tl.load(up + at, inside, 0.0).to(tl.float32)
+        active = (x / (1 + tl.exp(-x))).to(kind).to(tl.float32)
+        tl.store(gate + at, (active * y).to(kind), inside)

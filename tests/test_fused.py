@@ -1,0 +1,186 @@
+"""Fused parts of transformers models against the models as they are."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from matryoshka_lora.adapters import AdapterSpec, adapter_layers, add_adapters, set_diagonal
+from matryoshka_lora.evaluation import fused
+from matryoshka_lora.kernels import gated_silu, rotate
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+# Which parts torch and the kernels have another form of.
+CASES = [
+    (LlamaConfig(**SHAPE), {"norm", "mlp", "rotary"}),
+    (MistralConfig(**SHAPE), {"norm", "mlp", "rotary"}),
+    (Qwen3Config(**SHAPE), {"norm", "mlp", "rotary"}),
+    (Gemma3TextConfig(**SHAPE), {"rotary"}),  # norms times 1 + weight, tanh-GELU
+    (Phi3Config(**SHAPE, rope_parameters=PARTIAL), {"norm", "rotary"}),  # gate and up are one layer
+    (Glm4Config(**SHAPE), {"norm"}),  # likewise, and neighbours are rotated
+]
+NAMES = [type(config).__name__ for config, _ in CASES]
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2, mean=1.0 if "norm" in name else 0.0)
+    return model
+
+
+def parts(model: PreTrainedModel) -> set[str]:
+    """What is replaced now."""
+    module = sys.modules[type(model.get_decoder().layers[0].self_attn).__module__]
+    found = {"rotary"} if vars(module)[fused.ROTARY].__module__ == fused.__name__ else set()
+    layer = model.get_decoder().layers[0]
+    for name, part in (("norm", layer.input_layernorm), ("mlp", layer.mlp)):
+        found |= {name} if "forward" in vars(part) else set()
+    return found
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Plain functions in place of the kernels, on a CPU; the calls that they get."""
+    calls = []
+
+    def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        calls.append("rotate")
+        return x * cos[:, None] + modeling_llama.rotate_half(x) * sin[:, None]
+
+    def plain_gate(gate: Tensor, up: Tensor) -> Tensor:
+        calls.append("gate")
+        return gate.copy_(F.silu(gate) * up)
+
+    monkeypatch.setattr(fused, "AVAILABLE", True)
+    monkeypatch.setattr(fused, "on_device", lambda x: True)
+    monkeypatch.setattr(fused, "rotate", plain_rotate)
+    monkeypatch.setattr(fused, "gated_silu", plain_gate)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("config", "expected"), CASES, ids=NAMES)
+def test_parts_are_replaced_where_they_are_alike(
+    config: PretrainedConfig, expected: set[str], stand_ins: list[str]
+) -> None:
+    model = build(config)
+    ids = torch.randint(1, 50, (1, 30))
+    before = model(ids).logits
+    with fused.fused(model):
+        assert parts(model) == expected
+        stand_ins.clear()
+        torch.testing.assert_close(model(ids).logits, before)
+        # Phi3's function is the same for a whole head, but here half of each is rotated.
+        whole = "rotary" in expected and not isinstance(config, Phi3Config)
+        assert ("rotate" in stand_ins) == whole
+        assert ("gate" in stand_ins) == ("mlp" in expected)
+    assert parts(model) == set()
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_adapters_and_what_is_not_ours(stand_ins: list[str]) -> None:
+    """A diagonal of another shape does not matter; a replaced forward and a batch stay theirs."""
+    model = build(LlamaConfig(**SHAPE))
+    spec = AdapterSpec(4, "none", (1.0,) * 4, False)
+    add_adapters(model, spec, ["q_proj", "gate_proj", "down_proj"])
+    for layer in adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    p = torch.rand(1, 30, 4)
+    set_diagonal(model, p)
+    norm = model.model.norm
+    own = norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+    ids = torch.randint(1, 50, (1, 30))
+    before = model(ids).logits
+    with fused.fused(model):
+        assert parts(model) == {"norm", "mlp", "rotary"}
+        assert norm.forward is own
+        torch.testing.assert_close(model(ids).logits, before)
+        assert all(torch.equal(layer.p, p) for layer in adapter_layers(model).values())
+        set_diagonal(model, p[:, 0])
+        stand_ins.clear()
+        model(ids.expand(2, -1))
+        assert "rotate" not in stand_ins, "a batch is left to transformers"
+    assert norm.forward is own
+
+
+def test_a_norm_stays_where_torch_has_no_other_form_of_it(stand_ins: list[str]) -> None:
+    class Scaled(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.005 * super().forward(x)
+
+    class Twofold(nn.RMSNorm):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return super().forward(x), None
+
+    for kind, fuses in ((nn.RMSNorm, True), (Scaled, False), (Twofold, False)):
+        assert (fused.fused_norm(kind(16, eps=1e-5)) is not None) == fuses
+
+
+def test_nothing_is_replaced_on_a_cpu() -> None:
+    model = build(LlamaConfig(**SHAPE)).to(torch.bfloat16)
+    with fused.fused(model):
+        assert parts(model) == set()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "width"), [(32, 64), (9, 64), (3, 80), (8, 128), (1, 256)])
+def test_kernels_round_as_transformers_does(dtype: torch.dtype, heads: int, width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 77, heads, width, device="cuda", dtype=dtype).transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 77, width, device="cuda", dtype=dtype)
+    expected, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    assert torch.equal(rotate(x, cos, sin), expected)
+    gate, up = torch.randn(2, 77, heads * width, device="cuda", dtype=dtype).mul(3)
+    product = F.silu(gate) * up
+    found = gated_silu(gate, up)
+    assert found.data_ptr() == gate.data_ptr()
+    # An exponential of another last digit may round to the neighbour, rarely.
+    assert (found != product).float().mean() < 1e-3
+    torch.testing.assert_close(found, product, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize(("config", "expected"), CASES, ids=NAMES)
+def test_parts_are_replaced_on_cuda(config: PretrainedConfig, expected: set[str]) -> None:
+    model = build(config).to("cuda", torch.bfloat16)
+    ids = torch.randint(1, 50, (1, 30), device="cuda")
+    exact = build(config).to("cuda")(ids).logits
+
+    def error() -> float:
+        return float((model(ids).logits.float() - exact).norm() / exact.norm())
+
+    before = error()
+    with fused.fused(model):
+        assert parts(model) == expected
+        assert error() < 1.3 * before
