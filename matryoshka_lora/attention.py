@@ -119,9 +119,9 @@ def packed(
     queries may be fewer than its keys: it then continues what the keys begin.
 
     kv_index (T_k,): the documents' keys are `key[:, :, kv_index]`, so that several may share them.
-    kv_lengths (rows,), int32: decoding. There is one query a row; the keys are slots of equal size,
-    of which row i uses the first kv_lengths[i]. No more than max_length_k, which saves the plain
-    functions some work.
+    kv_lengths (rows,), int32: decoding. There is one query a row; key and value are slots of equal
+    size, (rows, kv_heads, slot, d), of which row i uses the first kv_lengths[i]. No more than
+    max_length_k, which saves the plain functions some work.
     reference: use the plain functions where flash attention or the kernel would be used.
     """
     for name in _REFUSED:
@@ -135,21 +135,22 @@ def packed(
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
     assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
-    if kv_index is not None:
-        key, value = key[:, :, kv_index], value[:, :, kv_index]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
     if kv_lengths is not None:
+        q = query[0].transpose(0, 1)
         if fast and AVAILABLE:
-            return decode_attention(q, k, v, kv_lengths, scaling, sliding_window)[None], None
+            return decode_attention(q, key, value, kv_lengths, scaling, sliding_window)[None], None
         assert max_length_k is not None
-        out = decode(query, key, value, kv_lengths, max_length_k, scaling, sliding_window)
-        return out.transpose(1, 2), None
+        out = decode(q, key, value, kv_lengths, max_length_k, scaling, sliding_window)
+        return out[None], None
+    if kv_index is not None:
+        key, value = key[:, :, kv_index], value[:, :, kv_index]
     if cu_seq_lens_q is None or max_length_q is None or max_length_k is None:
         raise ValueError("packed attention needs the documents' bounds: pass **packed_inputs(...)")
     if cu_seq_lens_k is None:
         cu_seq_lens_k = cu_seq_lens_q
     if fast:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
     ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
@@ -237,20 +238,19 @@ def decode(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """One query a row over the row's slot, on any device and dtype -> (1, heads, rows, d).
+    """What `decode_attention` is tested against, on any device and dtype -> (rows, heads, d).
 
-    query: (1, heads, rows, d), key and value: (1, kv_heads, rows * slot, d). The query heads that
-    share a key head are laid out as its queries, so nothing is expanded.
+    query: (rows, heads, d), key and value: (rows, kv_heads, slot, d). The query heads that share a
+    key head are laid out as its queries, so nothing is expanded.
     """
-    rows, heads = query.shape[2], query.shape[1]
-    q = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-    k, v = (x[0].unflatten(1, (rows, -1))[:, :, :max_length].transpose(0, 1) for x in (key, value))
+    q = query.unflatten(1, (key.shape[1], -1))
+    k, v = key[:, :, :max_length], value[:, :, :max_length]
     position = torch.arange(max_length, device=query.device)
     mask = position < kv_lengths[:, None]
     if sliding_window is not None:
         mask &= position >= kv_lengths[:, None] - sliding_window
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scaling)
-    return out.reshape(rows, heads, -1).transpose(0, 1)[None]
+    return out.flatten(1, 2)
 
 
 AttentionInterface.register(PACKED, packed)

@@ -38,19 +38,18 @@ def decode_attention(
 ) -> Tensor:
     """One query a row over the first kv_lengths[row] keys of its slot, softmax in float32.
 
-    query: (rows, heads, d), key and value: (rows * slot, kv_heads, d), kv_lengths: (rows,) ->
+    query: (rows, heads, d), key and value: (rows, kv_heads, slot, d), kv_lengths: (rows,) ->
     (rows, heads, d).
     """
     rows, heads, width = query.shape
-    kv_heads, value_width = key.shape[1], value.shape[2]
+    kv_heads, value_width = key.shape[1], value.shape[3]
     out = query.new_empty(rows, heads, value_width)
-    assert query.stride(2) == key.stride(2) == value.stride(2) == 1, "d is the innermost axis"
+    assert query.stride(2) == key.stride(3) == value.stride(3) == 1, "d is the innermost axis"
     scaling = 1 / math.sqrt(width) if scaling is None else scaling
     _attend[(rows * kv_heads,)](
         *(query, key, value, out, kv_lengths),
         scaling / math.log(2),
-        key.shape[0] // rows,
-        *(x.stride(axis) for x in (query, key, value, out) for axis in (0, 1)),
+        *(query.stride()[:2] + key.stride()[:3] + value.stride()[:3] + out.stride()[:2]),
         KEY_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         QUERIES=max(triton.next_power_of_2(heads // kv_heads), LEAST),
@@ -94,7 +93,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["slot"])  # it differs from batch to batch
+    @triton.jit
     def _attend(  # type: ignore[no-untyped-def]
         query,
         key,
@@ -102,13 +101,14 @@ if triton is not None:
         out,
         lengths,
         scale,
-        slot,
         query_row,
         query_head,
-        key_token,
+        key_row,
         key_head,
-        value_token,
+        key_token,
+        value_row,
         value_head,
+        value_token,
         out_row,
         out_head,
         KEY_HEADS: tl.constexpr,
@@ -134,8 +134,8 @@ if triton is not None:
         )
         length = tl.load(lengths + row)
         first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-        key += row * slot * key_token + head * key_head
-        value += row * slot * value_token + head * value_head
+        key += row * key_row + head * key_head
+        value += row * value_row + head * value_head
         most = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         mean = tl.zeros((QUERIES, VALUE_WIDTH_2), tl.float32)

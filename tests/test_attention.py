@@ -149,7 +149,7 @@ def test_continuations_share_keys(window: int | None) -> None:
 def test_decoding_equals_the_last_query(window: int | None) -> None:
     torch.manual_seed(0)
     module, lengths, slot = torch.nn.Module(), (5, 1, 8), 10
-    k, v = (torch.randn(1, 2, len(lengths) * slot, 8, dtype=torch.float64) for _ in range(2))
+    k, v = torch.randn(2, len(lengths), 2, slot, 8, dtype=torch.float64)
     q = torch.randn(1, 4, len(lengths), 8, dtype=torch.float64)
     found, _ = packed(
         module,
@@ -163,12 +163,11 @@ def test_decoding_equals_the_last_query(window: int | None) -> None:
         kv_lengths=torch.tensor(lengths, dtype=torch.int32),
     )
     for i, n in enumerate(lengths):
-        rows = slice(i * slot, i * slot + n)
         one, _ = packed(
             module,
             q[:, :, i : i + 1],
-            k[:, :, rows],
-            v[:, :, rows],
+            k[i : i + 1, :, :n],
+            v[i : i + 1, :, :n],
             None,
             scaling=0.4,
             sliding_window=window,
@@ -209,13 +208,12 @@ def test_the_kernel_equals_decoding(
     torch.manual_seed(0)
     slot, lengths = 391, torch.tensor([391, 1, 128, 129, 17], dtype=torch.int32, device="cuda")
     k, v = (
-        torch.randn(len(lengths) * slot, 2, n, device="cuda", dtype=torch.bfloat16)
+        torch.randn(len(lengths), 2, slot, n, device="cuda", dtype=torch.bfloat16)
         for n in (width, value_width)
     )
     q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=torch.bfloat16)
     found = decode_attention(q, k, v, lengths, 0.1, window)
-    exact = (x.float().transpose(0, 1)[None] for x in (q, k, v))
-    expected = decode(*exact, lengths, slot, 0.1, window)[0].transpose(0, 1)
+    expected = decode(*(x.float() for x in (q, k, v)), lengths, slot, 0.1, window)
     assert relative(found.float(), expected) < 1e-2
 
 

@@ -245,15 +245,14 @@ class Probe(Cache):
 
 
 class Slots(Cache):
-    """Keys and values of all rows, per layer (rows * size, kv_heads, d): row i owns one stretch.
+    """Keys and values of all rows, per layer (rows, kv_heads, size, d): row i owns one stretch.
 
-    `destination` says where the next forward's keys go, `source` which tokens of the packed row
-    they are of (None: all). While `decoding` that many rows, attention sees their slots, otherwise
-    only the forward's own keys.
+    `write_to` says where the next forward's keys go, `source` which tokens of the packed row they
+    are of (None: all). While `decoding` that many rows, attention sees their slots, otherwise only
+    the forward's own keys.
     """
 
     source: Tensor | None
-    destination: Tensor
 
     def __init__(
         self, layers: Sequence[KeyShape], rows: int, size: int, device: torch.device
@@ -262,9 +261,22 @@ class Slots(Cache):
         self.rows, self.size, self.decoding = rows, size, 0
         # Zeros, not empty: a masked key has weight 0, but 0 * nan would be nan.
         self.keys, self.values = (
-            [torch.zeros(rows * size, *shape, dtype=x.dtype, device=device) for shape, x in pairs]
+            [
+                torch.zeros(rows, heads, size, width, dtype=x.dtype, device=device)
+                for (heads, width), x in pairs
+            ]
             for pairs in ([(x.key, x) for x in layers], [(x.value, x) for x in layers])
         )
+        heads = {x.shape[1] for x in (*self.keys, *self.values)}
+        self._heads = {n: torch.arange(n, device=device) for n in heads}
+        self._places: dict[int, Tensor] = {}
+
+    def write_to(self, rows: Tensor, positions: Tensor) -> None:
+        """Keys of token i of the next forward go to this row, to this place in it; both (T,)."""
+        self._places = {
+            n: ((rows[:, None] * n + heads) * self.size + positions[:, None]).flatten()
+            for n, heads in self._heads.items()
+        }
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -278,13 +290,13 @@ class Slots(Cache):
         tokens = states[0].transpose(0, 1)
         if self.source is not None:
             tokens = tokens[self.source]
-        slots.index_copy_(0, self.destination, tokens)
-        return slots[: self.decoding * self.size].transpose(0, 1)[None]
+        slots.flatten(0, 2).index_copy_(0, self._places[slots.shape[1]], tokens.flatten(0, 1))
+        return slots[: self.decoding]
 
     def move(self, source: Tensor, destination: Tensor, used: int) -> None:
         """Copy the first `used` tokens of the rows `source` to the rows `destination`."""
         for slots in (*self.keys, *self.values):
-            rows = slots.unflatten(0, (self.rows, self.size))[:, :used]
+            rows = slots[:, :, :used]
             rows[destination] = rows[source]
 
 
@@ -307,7 +319,7 @@ class Rows:
         n = slots.rows
         self.used = 0
         self.holes: list[int] = []
-        self.starts = torch.arange(n, device=device) * slots.size
+        self.rows = torch.arange(n, device=device)
         self.token = torch.zeros(n, dtype=torch.long, device=device)
         self.position, self.last = torch.zeros(2, n, dtype=torch.int32, device=device)
         self.p = table.new_zeros(1, n, table.shape[1])
@@ -540,7 +552,8 @@ class Batch:
         slots = None
         if rows is not None:
             slots, places = rows.slots, rows.free(len(groups))
-            slots.source, slots.destination = prefill.contexts(places, slots.size)
+            slots.source, *to = prefill.contexts(places)
+            slots.write_to(*to)
             slots.decoding = 0
         rank = self._cut([g.point for g in groups])
         self._set_diagonal(self.table[prefill.points][None, :, :rank])
@@ -593,7 +606,7 @@ class Batch:
         captured.
         """
         token, position = rows.token[:n], rows.position[:n]
-        rows.slots.destination = rows.starts[:n] + position
+        rows.slots.write_to(rows.rows[:n], position)
         inputs = {
             "position_ids": position[None].long(),
             "max_length_k": longest,
@@ -786,14 +799,20 @@ class Prefill:
         """Per target token, which of the kept tokens predicts it."""
         self.targets = to_device(torch.tensor(targets), device)
 
-    def contexts(self, rows: Sequence[int], size: int) -> tuple[Tensor | None, Tensor]:
-        """The contexts' tokens (None: all), and their places in slots of `size` tokens."""
+    def contexts(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The contexts' tokens (None: all), and of each the row and the place in it."""
         spans = [np.arange(start, start + length) for start, length in self._contexts]
-        places = [row * size + np.arange(len(s)) for row, s in zip(rows, spans, strict=True)]
-        source, destination = (torch.from_numpy(np.concatenate(x)) for x in (spans, places))
+        lengths = [len(span) for span in spans]
+        places = [np.arange(length) for length in lengths]
+        source, place = (torch.from_numpy(np.concatenate(x)) for x in (spans, places))
+        row = torch.from_numpy(np.repeat(rows, lengths))
         device = self.ids.device
         everything = len(source) == self.ids.shape[1]
-        return None if everything else to_device(source, device), to_device(destination, device)
+        return (
+            None if everything else to_device(source, device),
+            to_device(row, device),
+            to_device(place, device),
+        )
 
 
 def round_up(rows: int) -> int:
@@ -966,13 +985,13 @@ def attention_agrees(
         return False
     config = model.config.get_text_config()
     generator = torch.Generator(device).manual_seed(0)
-    cases: list[tuple[int, int, dict[str, Any]]] = []
+    cases: list[tuple[int, tuple[int, int], dict[str, Any]]] = []
     if decoding:
         size = 640
         for rows in (3, 200):
             lengths = torch.randint(1, size + 1, (rows,), generator=generator, device=device)
             case = {"max_length_k": size, "kv_lengths": lengths.int()}
-            cases.append((rows, rows * size, case))
+            cases.append((rows, (rows, size), case))
     else:
         lengths_q, lengths_k = [300, 5, 1, 70], [300, 305, 301, 70]
         case = {
@@ -981,17 +1000,17 @@ def attention_agrees(
             "max_length_q": max(lengths_q),
             "max_length_k": max(lengths_k),
         }
-        cases.append((sum(lengths_q), sum(lengths_k), case))
+        cases.append((sum(lengths_q), (1, sum(lengths_k)), case))
     windows = {None, getattr(config, "sliding_window", None)}
-    for shape, (tokens_q, tokens_k, case), window in product(set(shapes), cases, windows):
+    for shape, (tokens, (rows, size), case), window in product(set(shapes), cases, windows):
         if shape.dtype not in FLASH_DTYPES:
             continue
         query, key, value = (
-            torch.randn(1, *sizes, dtype=shape.dtype, generator=generator, device=device)
+            torch.randn(*sizes, dtype=shape.dtype, generator=generator, device=device)
             for sizes in (
-                (config.num_attention_heads, tokens_q, shape.key[1]),
-                (shape.key[0], tokens_k, shape.key[1]),
-                (shape.value[0], tokens_k, shape.value[1]),
+                (1, config.num_attention_heads, tokens, shape.key[1]),
+                (rows, shape.key[0], size, shape.key[1]),
+                (rows, shape.value[0], size, shape.value[1]),
             )
         )
         options = case | {"sliding_window": window}
