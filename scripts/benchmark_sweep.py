@@ -436,27 +436,48 @@ def hf_backend(
 ) -> dict[int, tuple[float, Answers]]:
     """Batch size -> seconds and outputs of the HF backend for the first documents at `points`.
 
-    Sizes above the number of requests are left out, as they all make one batch.
+    Sizes above the number of requests are left out, as they all make one batch, and those that do
+    not fit the device.
     """
     requests = [r for doc in range(documents) for r in task.document_requests(doc)]
     largest = max(Counter(request.kind for request in requests).values())
     found: dict[int, tuple[float, Answers]] = {}
     for size in [s for s in batch_sizes if s <= largest] or [min(batch_sizes)]:
-        engine = HFEngine(model, tokenizer, size)
-        total, outputs = 0.0, Answers()
-        for point in points:
-            jobs = [(point, request) for request in requests]
-            with use_factors(model, point.factors):
-                if not found and not outputs:  # warms up
-                    answer(engine, task, jobs[:2], model.device)
-                seconds, new = answer(engine, task, jobs, model.device)
-            total, outputs = total + seconds, outputs | new
-            logger.info(
-                "HF backend, batch size %d, %d documents at rank %d (%s): %.1f s",
-                *(size, documents, point.rank, point.rule, seconds),
-            )
-        found[size] = total, outputs
+        try:
+            found[size] = hf_sample(model, tokenizer, task, points, requests, size, not found)
+        except torch.OutOfMemoryError:
+            logger.warning("HF backend, batch size %d: out of memory, left out", size)
+    if not found:
+        raise ValueError(
+            f"batch_sizes={list(batch_sizes)} do not fit the device; give smaller ones"
+        )
     return found
+
+
+def hf_sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: EvalTask,
+    points: Sequence[Point],
+    requests: Sequence[Request],
+    size: int,
+    warm_up: bool,
+) -> tuple[float, Answers]:
+    """Seconds and outputs of the HF backend for `requests` at `points`, in batches of `size`."""
+    engine = HFEngine(model, tokenizer, size)
+    total, outputs = 0.0, Answers()
+    for point in points:
+        jobs = [(point, request) for request in requests]
+        with use_factors(model, point.factors):
+            if warm_up and not outputs:
+                answer(engine, task, jobs[:2], model.device)
+            seconds, new = answer(engine, task, jobs, model.device)
+        total, outputs = total + seconds, outputs | new
+        logger.info(
+            "HF backend, batch size %d, %d requests at rank %d (%s): %.1f s",
+            *(size, len(requests), point.rank, point.rule, seconds),
+        )
+    return total, outputs
 
 
 def agreement(task: EvalTask, outputs: Answers, hf: Answers) -> dict[str, Any]:

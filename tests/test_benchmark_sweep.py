@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,23 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     assert "nan" not in table
     assert capsys.readouterr().out.endswith(table.partition("\n\n")[2])
     assert str(tmp_path) not in json.dumps(entries)
+
+
+def test_batch_sizes_that_do_not_fit_are_left_out(benchmark, monkeypatch):
+    def sample(model, tokenizer, task, points, requests, size, warm_up):
+        if size > 4:
+            raise torch.OutOfMemoryError("too large")
+        asked.append((size, warm_up))
+        return size, {}
+
+    asked = []
+    requests = [SimpleNamespace(kind="loglikelihood")] * 16
+    task = SimpleNamespace(document_requests=lambda doc: requests)
+    monkeypatch.setattr(benchmark, "hf_sample", sample)
+    found = benchmark.hf_backend(None, None, task, [], 1, [8, 4, 2, 32])
+    assert found == {4: (4, {}), 2: (2, {})} and asked == [(4, True), (2, False)]
+    with pytest.raises(ValueError, match="do not fit the device; give smaller ones"):
+        benchmark.hf_backend(None, None, task, [], 1, [8])
 
 
 @pytest.mark.parametrize(
