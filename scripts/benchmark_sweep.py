@@ -18,6 +18,7 @@ The clock runs from the first forward to the last scored answer. Each entry is m
 `<output>/sweep.json`, and the table `<output>/sweep.md` is written anew.
 """
 
+import gc
 import json
 import logging
 import tempfile
@@ -447,6 +448,8 @@ def hf_backend(
             found[size] = hf_sample(model, tokenizer, task, points, requests, size, not found)
         except torch.OutOfMemoryError:
             logger.warning("HF backend, batch size %d: out of memory, left out", size)
+        if size not in found:
+            gc.collect()  # the error's frames hold the batch, and each other
     if not found:
         raise ValueError(
             f"batch_sizes={list(batch_sizes)} do not fit the device; give smaller ones"
@@ -470,7 +473,8 @@ def hf_sample(
         jobs = [(point, request) for request in requests]
         with use_factors(model, point.factors):
             if warm_up and not outputs:
-                answer(engine, task, jobs[:2], model.device)
+                with capped(model, {request.context: 2 for request in requests}):
+                    answer(engine, task, jobs[:2], model.device)
             seconds, new = answer(engine, task, jobs, model.device)
         total, outputs = total + seconds, outputs | new
         logger.info(

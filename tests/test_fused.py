@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from matryoshka_lora.adapters import AdapterSpec, adapter_layers, add_adapters, set_diagonal
 from matryoshka_lora.evaluation import fused
-from matryoshka_lora.kernels import gated_silu, rotate
+from matryoshka_lora.kernels import gated_silu, rms_norm, rotate
 
 SHAPE = {
     "vocab_size": 50,
@@ -34,7 +34,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
-# Which parts torch and the kernels have another form of.
+# Which parts the kernels have another form of.
 CASES = [
     (LlamaConfig(**SHAPE), {"norm", "mlp", "rotary"}),
     (MistralConfig(**SHAPE), {"norm", "mlp", "rotary"}),
@@ -77,7 +77,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("gate")
         return gate.copy_(F.silu(gate) * up)
 
+    def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
     monkeypatch.setattr(fused, "AVAILABLE", True)
+    monkeypatch.setattr(fused, "rms_norm", plain_norm)
     monkeypatch.setattr(fused, "on_device", lambda x: True)
     monkeypatch.setattr(fused, "rotate", plain_rotate)
     monkeypatch.setattr(fused, "gated_silu", plain_gate)
@@ -130,7 +134,7 @@ def test_adapters_and_what_is_not_ours(stand_ins: list[str]) -> None:
     assert norm.forward is own
 
 
-def test_a_norm_stays_where_torch_has_no_other_form_of_it(stand_ins: list[str]) -> None:
+def test_a_norm_stays_where_the_kernel_has_no_other_form_of_it(stand_ins: list[str]) -> None:
     class Scaled(nn.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return 1.005 * super().forward(x)
@@ -139,6 +143,7 @@ def test_a_norm_stays_where_torch_has_no_other_form_of_it(stand_ins: list[str]) 
         def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
             return super().forward(x), None
 
+    # In float32, where nn.RMSNorm's other rounding does not show.
     for kind, fuses in ((nn.RMSNorm, True), (Scaled, False), (Twofold, False)):
         assert (fused.fused_norm(kind(16, eps=1e-5)) is not None) == fuses
 
@@ -159,11 +164,19 @@ def test_kernels_round_as_transformers_does(dtype: torch.dtype, heads: int, widt
     cos, sin = torch.randn(2, 1, 77, width, device="cuda", dtype=dtype)
     expected, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
     assert torch.equal(rotate(x, cos, sin), expected)
+    norm = modeling_llama.LlamaRMSNorm(heads * width).to("cuda", dtype)
+    torch.nn.init.uniform_(norm.weight, 0.1, 2)
+    states = torch.randn(1, 77, heads * width, device="cuda", dtype=dtype)
+    # Sums in another order, or an exponential of another last digit, may round to the neighbour.
+    found = rms_norm(states, norm.weight, norm.variance_epsilon)
+    assert (found != norm(states)).float().mean() < 1e-3
+    torch.testing.assert_close(found, norm(states), rtol=0.01, atol=1e-6)
+    once = F.rms_norm(states, states.shape[-1:], norm.weight, norm.variance_epsilon)
+    assert (once != norm(states)).float().mean() > 0.05
     gate, up = torch.randn(2, 77, heads * width, device="cuda", dtype=dtype).mul(3)
     product = F.silu(gate) * up
     found = gated_silu(gate, up)
     assert found.data_ptr() == gate.data_ptr()
-    # An exponential of another last digit may round to the neighbour, rarely.
     assert (found != product).float().mean() < 1e-3
     torch.testing.assert_close(found, product, rtol=0.01, atol=1e-6)
 
