@@ -137,7 +137,8 @@ if triton is not None:
         VALUE_WIDTH_2: tl.constexpr,
     ):
         """One program a row and key head. scale: for powers of 2; WINDOW: 0 for none."""
-        head, row = tl.program_id(0) % KEY_HEADS, (tl.program_id(0) // KEY_HEADS).to(tl.int64)
+        program = tl.program_id(0).to(tl.int64)
+        head, row = program % KEY_HEADS, program // KEY_HEADS
         heads = head * GROUP + tl.arange(0, QUERIES)
         real = tl.arange(0, QUERIES)[:, None] < GROUP
         columns, value_columns = tl.arange(0, WIDTH_2), tl.arange(0, VALUE_WIDTH_2)

@@ -418,7 +418,7 @@ def measure_task(
         "points": f"{len(plan.points)}",
         "documents": task.documents,
         **figures(seconds, answers, hf[best][0], hf_answers, prompts, tokens),
-        "hf_sample": f"{documents} documents at {len(points)} points",
+        "hf_sample": f"{documents} documents at {len(points)} point" + "s" * (len(points) > 1),
         "hf_batch_size": best,
         "hf_seconds_by_batch_size": {size: hf[size][0] for size in hf},
         "agreement": agreement(task, recorder.outputs, hf[best][1]),

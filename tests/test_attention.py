@@ -198,20 +198,21 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
     ("heads", "width", "value_width"), [(4, 64, 64), (3, 128, 128), (1, 80, 48), (8, 256, 256)]
 )
 def test_the_kernel_equals_decoding(
-    window: int | None, heads: int, width: int, value_width: int
+    dtype: torch.dtype, window: int | None, heads: int, width: int, value_width: int
 ) -> None:
     torch.manual_seed(0)
     slot, lengths = 391, torch.tensor([391, 1, 128, 129, 17], dtype=torch.int32, device="cuda")
     k, v = (
-        torch.randn(len(lengths), 2, slot, n, device="cuda", dtype=torch.bfloat16)
+        torch.randn(len(lengths) + 2, 2, slot, n, device="cuda", dtype=dtype)[: len(lengths)]
         for n in (width, value_width)
     )
-    q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=dtype)
     found = decode_attention(q, k, v, lengths, 0.1, window)
     expected = decode(*(x.float() for x in (q, k, v)), lengths, slot, 0.1, window)
     assert relative(found.float(), expected) < 1e-2

@@ -9,6 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -50,6 +51,17 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 
+# Keys and values of different widths.
+LATENT = SHAPE | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -83,7 +95,9 @@ def build(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> PreTr
         torch.nn.init.normal_(parameter, std=0.4)
     p_full = matryoshka_diagonal([1, 2, RANK], RANK, "none")
     spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False)
-    add_adapters(model, spec, ["q_proj", "v_proj", "o_proj", "down_proj"])
+    linear = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in ("q_proj", "v_proj", "o_proj", "down_proj") if name in linear]
+    add_adapters(model, spec, targets)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.4)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -324,8 +338,9 @@ def test_likelihoods_share_contexts(
         MistralConfig(**SHAPE, sliding_window=6),
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
         Gemma3TextConfig(**SHAPE, sliding_window=7, query_pre_attn_scalar=20),
+        DeepseekV3Config(**LATENT),
     ],
-    ids=["mistral", "qwen2", "gemma3"],
+    ids=["mistral", "qwen2", "gemma3", "deepseek_v3"],
 )
 def test_other_models(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(tokenizer, config)

@@ -11,6 +11,7 @@ from transformers import (
     Glm4Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -42,16 +43,17 @@ CASES = [
     (Gemma3TextConfig(**SHAPE), {"rotary"}),  # norms times 1 + weight, tanh-GELU
     (Phi3Config(**SHAPE, rope_parameters=PARTIAL), {"norm", "rotary"}),  # gate and up are one layer
     (Glm4Config(**SHAPE), {"norm"}),  # likewise, and neighbours are rotated
+    (Olmo2Config(**SHAPE), {"mlp", "rotary"}),  # norms are rounded once, cosines are float32
 ]
 NAMES = [type(config).__name__ for config, _ in CASES]
 
 
-def build(config: PretrainedConfig) -> PreTrainedModel:
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.2, mean=1.0 if "norm" in name else 0.0)
-    return model
+    return model.to(dtype)
 
 
 def parts(model: PreTrainedModel) -> set[str]:
@@ -59,14 +61,14 @@ def parts(model: PreTrainedModel) -> set[str]:
     module = sys.modules[type(model.get_decoder().layers[0].self_attn).__module__]
     found = {"rotary"} if vars(module)[fused.ROTARY].__module__ == fused.__name__ else set()
     layer = model.get_decoder().layers[0]
-    for name, part in (("norm", layer.input_layernorm), ("mlp", layer.mlp)):
+    for name, part in (("norm", layer.post_attention_layernorm), ("mlp", layer.mlp)):
         found |= {name} if "forward" in vars(part) else set()
     return found
 
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Plain functions in place of the kernels, on a CPU; the calls that they get."""
+    """Plain functions that round as the kernels do, on a CPU; the calls that they get."""
     calls = []
 
     def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,7 +80,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return gate.copy_(F.silu(gate) * up)
 
     def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+        calls.append("norm")
+        exact = x.float()
+        return weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(
+            x.dtype
+        )
 
     monkeypatch.setattr(fused, "AVAILABLE", True)
     monkeypatch.setattr(fused, "rms_norm", plain_norm)
@@ -99,11 +105,12 @@ def test_parts_are_replaced_where_they_are_alike(
     with fused.fused(model):
         assert parts(model) == expected
         stand_ins.clear()
-        torch.testing.assert_close(model(ids).logits, before)
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
         # Phi3's function is the same for a whole head, but here half of each is rotated.
-        whole = "rotary" in expected and not isinstance(config, Phi3Config)
+        whole = "rotary" in expected and not isinstance(config, Phi3Config | Olmo2Config)
         assert ("rotate" in stand_ins) == whole
         assert ("gate" in stand_ins) == ("mlp" in expected)
+        assert ("norm" in stand_ins) == ("norm" in expected)
     assert parts(model) == set()
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
@@ -125,7 +132,7 @@ def test_adapters_and_what_is_not_ours(stand_ins: list[str]) -> None:
     with fused.fused(model):
         assert parts(model) == {"norm", "mlp", "rotary"}
         assert norm.forward is own
-        torch.testing.assert_close(model(ids).logits, before)
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
         assert all(torch.equal(layer.p, p) for layer in adapter_layers(model).values())
         set_diagonal(model, p[:, 0])
         stand_ins.clear()
@@ -134,22 +141,71 @@ def test_adapters_and_what_is_not_ours(stand_ins: list[str]) -> None:
     assert norm.forward is own
 
 
+def test_gradients_are_left_to_transformers(stand_ins: list[str]) -> None:
+    """Another model of the kind may be trained while an engine waits."""
+    model = build(LlamaConfig(**SHAPE))
+    other = build(LlamaConfig(**SHAPE))
+    ids = torch.randint(1, 50, (1, 30))
+    with fused.fused(model):
+        stand_ins.clear()
+        other(ids, labels=ids).loss.backward()
+        assert not stand_ins
+        with torch.no_grad():
+            other(ids)
+        assert stand_ins == ["rotate"] * 4
+    assert other.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_two_runs_may_end_in_any_order(stand_ins: list[str]) -> None:
+    first, second = (build(LlamaConfig(**SHAPE)) for _ in range(2))
+    runs = fused.fused(first), fused.fused(second)
+    for a_run in runs:
+        a_run.__enter__()
+    for a_run in runs:
+        a_run.__exit__(None, None, None)
+    assert parts(first) == parts(second) == set()
+
+
+def test_kernels_that_do_not_run_are_not_used(
+    stand_ins: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(gate: Tensor, up: Tensor) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fused, "gated_silu", broken)
+    model = build(LlamaConfig(**SHAPE))
+    with fused.fused(model):
+        assert parts(model) == set()
+    assert caplog.messages == ["fused kernels do not run here, using slower functions: no compiler"]
+
+
+def test_a_limit_is_noticed(stand_ins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where large values are cut, which only large inputs show."""
+    mlp = build(LlamaConfig(**SHAPE)).model.layers[0].mlp
+    assert fused.fused_mlp(mlp) is not None
+    monkeypatch.setattr(mlp.act_fn, "forward", lambda x: F.silu(x).clamp(max=7))
+    assert fused.fused_mlp(mlp) is None
+
+
 def test_a_norm_stays_where_the_kernel_has_no_other_form_of_it(stand_ins: list[str]) -> None:
-    class Scaled(nn.RMSNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return 1.005 * super().forward(x)
+    class ScaledRMSNorm(modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return 1.005 * super().forward(hidden_states)
 
-    class Twofold(nn.RMSNorm):
-        def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-            return super().forward(x), None
+    class TwofoldRMSNorm(modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return super().forward(hidden_states), None
 
-    # In float32, where nn.RMSNorm's other rounding does not show.
-    for kind, fuses in ((nn.RMSNorm, True), (Scaled, False), (Twofold, False)):
-        assert (fused.fused_norm(kind(16, eps=1e-5)) is not None) == fuses
+    for kind in (modeling_llama.LlamaRMSNorm, ScaledRMSNorm, TwofoldRMSNorm, nn.RMSNorm):
+        for dtype in (torch.bfloat16, torch.float16):
+            norm = kind(16, eps=1e-5).to(dtype)
+            nn.init.uniform_(norm.weight, 0.1, 2)
+            fuses = kind is modeling_llama.LlamaRMSNorm  # torch's rounds once
+            assert (fused.fused_norm(norm) is not None) == fuses
 
 
 def test_nothing_is_replaced_on_a_cpu() -> None:
-    model = build(LlamaConfig(**SHAPE)).to(torch.bfloat16)
+    model = build(LlamaConfig(**SHAPE))
     with fused.fused(model):
         assert parts(model) == set()
 
@@ -164,6 +220,10 @@ def test_kernels_round_as_transformers_does(dtype: torch.dtype, heads: int, widt
     cos, sin = torch.randn(2, 1, 77, width, device="cuda", dtype=dtype)
     expected, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
     assert torch.equal(rotate(x, cos, sin), expected)
+    wide = torch.randn(1, 77, heads + 3, width + 16, device="cuda", dtype=dtype).transpose(1, 2)
+    part = wide[:, 2:-1, :, 16:]
+    expected, _ = modeling_llama.apply_rotary_pos_emb(part, part, cos, sin)
+    assert torch.equal(rotate(part, cos, sin), expected)
     norm = modeling_llama.LlamaRMSNorm(heads * width).to("cuda", dtype)
     torch.nn.init.uniform_(norm.weight, 0.1, 2)
     states = torch.randn(1, 77, heads * width, device="cuda", dtype=dtype)
@@ -184,16 +244,17 @@ def test_kernels_round_as_transformers_does(dtype: torch.dtype, heads: int, widt
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("config", "expected"), CASES, ids=NAMES)
-def test_parts_are_replaced_on_cuda(config: PretrainedConfig, expected: set[str]) -> None:
-    model = build(config).to("cuda", torch.bfloat16)
+def test_parts_are_replaced_on_cuda(
+    config: PretrainedConfig, expected: set[str], dtype: torch.dtype
+) -> None:
+    model = build(config, dtype).to("cuda")
     ids = torch.randint(1, 50, (1, 30), device="cuda")
-    exact = build(config).to("cuda")(ids).logits
-
-    def error() -> float:
-        return float((model(ids).logits.float() - exact).norm() / exact.norm())
-
-    before = error()
+    exact = build(config, torch.float32).to("cuda")(ids).logits
+    before = model(ids).logits.float()
     with fused.fused(model):
         assert parts(model) == expected
-        assert error() < 1.3 * before
+        found = model(ids).logits.float()
+    # Closer to the model as it is than that is to the exact one.
+    assert (found - before).norm() <= 0.5 * (before - exact).norm()

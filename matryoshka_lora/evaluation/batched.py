@@ -137,13 +137,13 @@ class BatchedEngine:
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(packed_attention(self.model))
             layers = stack.enter_context(compute_factors(self.model))
-            if not self.lockstep:  # sharded weights are gathered inside the modules
-                stack.enter_context(fused(self.model))
             # Only while it works: what the caller does between two answers is not the engine's.
             here: AbstractContextManager[Any] = nullcontext()
             if self.model.device.type == "cuda":
                 here = torch.cuda.device(self.model.device)
             with here:
+                if not self.lockstep:  # sharded weights are gathered inside the modules
+                    stack.enter_context(fused(self.model))
                 batch = Batch(self, layers, jobs)
             while batch.busy:
                 answers = None

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 
-TOLERANCE = 1e-3
-"""Relative difference allowed between two forms of a part: a few numbers in a thousand may be
-rounded to the neighbour in bf16. Rounding once more or less everywhere makes 0.0025."""
+TOLERANCE = 1 / 8
+"""Relative difference allowed between two forms of a part, in epsilons of the dtype: a few numbers
+in a thousand may be rounded to the neighbour. Rounding once more or less everywhere makes 1/3."""
 TRIED = 64
 """Tokens that a part is tried on."""
 ROTARY = "apply_rotary_pos_emb"
@@ -41,34 +41,45 @@ def on_device(x: Tensor) -> bool:
 
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[None]:
-    """RMS norms, SwiGLU activations and rotary embeddings as one kernel each, for a block."""
+    """RMS norms, SwiGLU activations and rotary embeddings as one kernel each, for a block.
+
+    They have no gradients. The rotary embedding is a function of transformers' module, so that
+    other models of the kind use the kernel too, except where gradients are asked for.
+    """
     with ExitStack() as stack:
-        if AVAILABLE and on_device(next(model.parameters())):
-            layers = list(adapter_layers(model).values())
-            with diagonal(model, torch.ones(len(layers[0].lora_A) if layers else 1)):
-                found = list(replacements(model))
-            for owner, name, new in found:
-                if name in vars(owner):
-                    stack.callback(setattr, owner, name, vars(owner)[name])
-                else:  # a method, which the class has
-                    stack.callback(delattr, owner, name)
-                setattr(owner, name, new)
+        for owner, name, new in replacements(model):
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, vars(owner)[name])
+            else:  # a method, which the class has
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, new)
         yield
 
 
-def replacements(model: PreTrainedModel) -> Iterator[tuple[Any, str, Function]]:
+def replacements(model: PreTrainedModel) -> list[tuple[Any, str, Function]]:
     """(owner, attribute, function to put there)"""
-    for module in model.modules():
-        if "forward" in vars(module):  # somebody else's
-            continue
-        if (forward := fused_norm(module) or fused_mlp(module)) is not None:
-            yield module, "forward", forward
-    config = model.config.get_text_config()
     like = next(model.parameters())
-    for name in sorted({type(module).__module__ for module in model.modules()}):
-        original = vars(sys.modules[name]).get(ROTARY)
-        if original is not None and (function := fused_rotary(original, config, like)) is not None:
-            yield sys.modules[name], ROTARY, function
+    if not AVAILABLE or not on_device(like):
+        return []
+    found: list[tuple[Any, str, Function]] = []
+    layers = list(adapter_layers(model).values())
+    try:
+        # The layers are tried too, and may have been left with diagonals for other tokens.
+        with diagonal(model, torch.ones(len(layers[0].lora_A) if layers else 1)):
+            for module in model.modules():
+                if "forward" not in vars(module):  # otherwise it is somebody else's
+                    forward = fused_norm(module) or fused_mlp(module)
+                    found += [(module, "forward", forward)] if forward else []
+        for file in sorted({type(module).__module__ for module in model.modules()}):
+            original = vars(sys.modules[file]).get(ROTARY)
+            # One run is enough to replace it; another may go on at the same time.
+            if original is not None and original.__module__ != __name__:
+                function = fused_rotary(original, model.config.get_text_config(), like)
+                found += [(sys.modules[file], ROTARY, function)] if function else []
+    except Exception as reason:  # a compiler has errors of its own
+        logger.warning("fused kernels do not run here, using slower functions: %s", reason)
+        return []
+    return found
 
 
 def fused_norm(module: nn.Module) -> Function | None:
@@ -80,7 +91,7 @@ def fused_norm(module: nn.Module) -> Function | None:
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not on_device(weight):
         return None
     norm = partial(rms_norm, weight=weight, eps=eps)
-    return norm if agree(module, norm, *random(weight, (1, TRIED, len(weight)))) else None
+    return norm if agree(module, norm, *drawn(weight, (1, TRIED, len(weight)))) else None
 
 
 def fused_mlp(module: nn.Module) -> Function | None:
@@ -96,39 +107,45 @@ def fused_mlp(module: nn.Module) -> Function | None:
     def forward(x: Tensor) -> Any:
         return down(gated_silu(gate(x), up(x)))
 
-    tried = random(gate.weight, (1, TRIED, gate.in_features))
-    return forward if agree(module, forward, *tried) else None
+    (x,) = drawn(gate.weight, (1, TRIED, gate.in_features))
+    # Small and large, as some models cut what is large.
+    sizes = torch.logspace(-1, 1, TRIED, device=x.device, dtype=x.dtype)[:, None]
+    return forward if agree(module, forward, x * sizes) else None
 
 
 def fused_rotary(original: Function, config: Any, like: Tensor) -> Function | None:
     """`rotate` in place of transformers' `original`; None if it gives something else."""
 
-    def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
-        if rest or options or not all(fits(x, cos, sin) for x in (q, k)):
-            return original(q, k, cos, sin, *rest, **options)
+    def function(*args: Any, **options: Any) -> Any:
+        if len(args) != 4 or options or torch.is_grad_enabled() or not fits(*args):
+            return original(*args, **options)
+        q, k, cos, sin = args
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    sizes = [(1, n, TRIED, width) for n in (heads, key_heads)]
-    tried = random(like, *sizes, (1, TRIED, width), (1, TRIED, width))
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    table = (1, TRIED, width)
+    tried = drawn(like, (1, heads, *table[1:]), (1, key_heads, *table[1:]), table, table)
     return function if agree(original, function, *tried) else None
 
 
-def fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate` does what these ask for: all of d rotated, no batch, one dtype."""
-    return (
+    return cos.shape == sin.shape and all(
         on_device(x)
         and x.dim() == 4
-        and cos.shape == sin.shape == (x.shape[0], x.shape[2], x.shape[3])
+        and cos.shape == (1, *x.shape[2:])
         and x.shape[0] == 1
         and x.dtype == cos.dtype == sin.dtype
         and x.stride(3) == cos.stride(2) == sin.stride(2) == 1
+        for x in (q, k)
     )
 
 
-def random(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+def drawn(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Random numbers of these shapes, of any sign and not around 0."""
     generator = torch.Generator(like.device).manual_seed(0)
     return [
@@ -139,19 +156,18 @@ def random(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 @torch.no_grad()
 def agree(original: Function, new: Function, *tried: Tensor) -> bool:
-    """Whether both give the same, but for a few roundings."""
+    """Whether both give the same, but for a few roundings; errors of `new` are raised."""
     name = getattr(original, "__name__", type(original).__name__)
+    found = new(*tried)
     try:
-        sides = [function(*(x.clone() for x in tried)) for function in (original, new)]
-        expected, found = (
-            torch.cat([x.float().flatten() for x in ([y] if isinstance(y, Tensor) else y)])
-            for y in sides
-        )
-        error = float((found - expected).norm() / expected.norm())
-    except Exception as reason:  # it wants or returns something else, or a compiler fails
+        expected = original(*tried)
+        sides = [[side] if isinstance(side, Tensor) else side for side in (found, expected)]
+        x, y = (torch.cat([part.float().flatten() for part in side]) for side in sides)
+        error = float((x - y).norm() / y.norm()) / torch.finfo(tried[0].dtype).eps
+    except Exception as reason:  # it wants or returns something else
         logger.debug("%s stays as it is: %s", name, reason)
         return False
     if error < TOLERANCE:
         return True
-    logger.debug("%s stays as it is: off by %.3g", name, error)
+    logger.debug("%s stays as it is: off by %.3g epsilons", name, error)
     return False
