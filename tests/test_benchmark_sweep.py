@@ -15,7 +15,7 @@ from matryoshka_lora.benchmarks import fill_factors
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.engine import Output, Request
+from matryoshka_lora.evaluation.engine import Output, Point, Request
 from matryoshka_lora.evaluation.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import plan_points
 from matryoshka_lora.models import load_model
@@ -141,11 +141,43 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     assert sorted(found["hf_seconds_by_batch_size"]) == ["1", "2"]  # no batch holds 64
     for alike in (found["agreement"], found["hf_with_itself"]):
         assert (alike["answers"], alike["same_scores"], alike["same_texts"]) == (4, 1.0, 1.0)
+        assert 0 <= alike["logprob_difference"] < 1e-3
     table = (tmp_path / "benchmarks" / "sweep.md").read_text()
     assert run_key in table and "2 of the 3 ranks" in table and "(extrapolated)" in table
     assert "nan" not in table
     assert capsys.readouterr().out.endswith(table.partition("\n\n")[2])
     assert str(tmp_path) not in json.dumps(entries)
+
+
+def test_agreement_is_counted(benchmark):
+    point = Point(1, "prefix", "trained", torch.ones(1))
+    documents = [
+        [Request("generate", d, (1,), target, (), 1, None) for target in ((), (5,))]
+        for d in range(4)
+    ]
+    task = SimpleNamespace(
+        document_requests=lambda doc: documents[doc],
+        score=lambda doc, outputs: SimpleNamespace(values={("none", "em"): outputs[0].text == "7"}),
+        aggregate=lambda metric, values: SimpleNamespace(value=sum(values) / len(values)),
+    )
+
+    def side(texts, logprob):
+        return {
+            (point, request): Output(logprob=logprob) if request.target else Output(text=text)
+            for text, requests in zip(texts, documents, strict=True)
+            for request in requests
+        }
+
+    found = benchmark.agreement(task, side("7772", -2.0), side("7713", -1.5))
+    assert found == {
+        "answers": 4,
+        "metric": "em",
+        "value": 0.75,
+        "hf_value": 0.5,
+        "same_scores": 0.75,
+        "same_texts": 0.5,
+        "logprob_difference": 0.5,
+    }
 
 
 def test_batch_sizes_that_do_not_fit_are_left_out(benchmark, monkeypatch):
