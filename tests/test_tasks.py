@@ -449,8 +449,12 @@ def test_document_that_cannot_be_a_prompt_and_window_too_small(data: Path, tmp_p
     with pytest.raises(ValueError, match="cannot be made into a prompt"):
         task.requests(harness_lm(tiny_lm.model(), tiny_lm.tokenizer()))
     (task,) = load_tasks([("gsm8k", 0)], data_path=data)
-    with pytest.raises(ValueError, match="256 new tokens"):
+    with pytest.raises(ValueError, match="256 new tokens; allowed are 1 to 255"):
         task.requests(harness_lm(tiny_lm.model(window=256), tiny_lm.tokenizer()))
+    (task,) = load_tasks([("gsm8k", 0)], data_path=data)
+    task._task.config.generation_kwargs["max_gen_toks"] = 0
+    with pytest.raises(ValueError, match="0 new tokens; allowed are 1 to 511"):
+        task.requests(harness_lm(tiny_lm.model(window=512), tiny_lm.tokenizer()))
 
 
 def test_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -508,10 +508,10 @@ class _Document:
         lm, (context, options) = self._lm, instance.args
         options = normalize_gen_kwargs(options, lm.max_gen_toks)
         room = lm.max_length - options["max_gen_toks"]
-        if room < 1:
+        if room < 1 or options["max_gen_toks"] < 1:
             raise ValueError(
-                f"{self._where}: it asks for {options['max_gen_toks']} new tokens, the model's "
-                f"window is {lm.max_length} tokens"
+                f"{self._where}: it asks for {options['max_gen_toks']} new tokens; allowed are 1 "
+                f"to {lm.max_length - 1}, what the model's window has beside a token of context"
             )
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         return Request(
