@@ -13,7 +13,7 @@ backend answers some of its own batches at the largest rank, which is extrapolat
 A run is evaluated as train.py does it, losses included, at its own ranks and rules; the HF backend
 answers the first documents at some of the points, at each batch size, and the fastest counts. How
 far the two agree is measured too, and how far the backend agrees with itself at that of the other
-batch sizes where it agrees least: a small one, mostly, for which other kernels are chosen.
+batch sizes where it agrees least.
 
 The clock runs from the first forward to the last scored answer. Each entry is merged into
 `<output>/sweep.json`, and the table `<output>/sweep.md` is written anew.
@@ -96,7 +96,7 @@ The rank sweep, batched engine against lm-eval's HF backend (HF) in the same run
 forward to the last scored answer (`make benchmark-sweep`). Shapes have random weights, prompts and
 answers of GSM8K's lengths, and no losses on gold answers; runs have all. `agrees %` is the share of
 answers with the same scores, in brackets with the same texts: batched with HF / HF with itself at
-another of its batch sizes, the one where it agrees least. Records: `sweep.json`."""
+another of its batch sizes. Records: `sweep.json`."""
 
 Answers = dict[tuple[Point, Request], Output]
 

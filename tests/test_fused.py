@@ -161,8 +161,10 @@ def test_two_runs_may_end_in_any_order(stand_ins: list[str]) -> None:
     runs = fused.fused(first), fused.fused(second)
     for a_run in runs:
         a_run.__enter__()
-    for a_run in runs:
-        a_run.__exit__(None, None, None)
+    assert parts(first) == parts(second) == {"norm", "mlp", "rotary"}
+    runs[0].__exit__(None, None, None)
+    assert parts(first) == set() and parts(second) == {"norm", "mlp"}
+    runs[1].__exit__(None, None, None)
     assert parts(first) == parts(second) == set()
 
 
@@ -179,11 +181,19 @@ def test_kernels_that_do_not_run_are_not_used(
     assert caplog.messages == ["fused kernels do not run here, using slower functions: no compiler"]
 
 
-def test_a_limit_is_noticed(stand_ins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where large values are cut, which only large inputs show."""
+def test_other_activations_are_noticed(
+    stand_ins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit shows in large inputs only, GELU beside large weights in small ones."""
     mlp = build(LlamaConfig(**SHAPE)).model.layers[0].mlp
     assert fused.fused_mlp(mlp) is not None
     monkeypatch.setattr(mlp.act_fn, "forward", lambda x: F.silu(x).clamp(max=7))
+    assert fused.fused_mlp(mlp) is None
+    nn.init.normal_(mlp.gate_proj.weight, std=3)
+    monkeypatch.setattr(mlp.act_fn, "forward", lambda x: F.gelu(x, approximate="tanh"))
+    assert fused.fused_mlp(mlp) is None
+    # What does not fit together is left to raise where it is used.
+    mlp.down_proj = nn.Linear(7, 64, dtype=torch.bfloat16)
     assert fused.fused_mlp(mlp) is None
 
 
@@ -251,7 +261,7 @@ def test_parts_are_replaced_on_cuda(
 ) -> None:
     model = build(config, dtype).to("cuda")
     ids = torch.randint(1, 50, (1, 30), device="cuda")
-    exact = build(config, torch.float32).to("cuda")(ids).logits
+    exact = build(config, dtype).float().to("cuda")(ids).logits
     before = model(ids).logits.float()
     with fused.fused(model):
         assert parts(model) == expected
