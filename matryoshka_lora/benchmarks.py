@@ -6,6 +6,7 @@ shapes and lengths alone, as long as token ids are random and no factor is zero.
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -71,9 +72,12 @@ def run_each(script: str, entries: Mapping[str, Sequence[str]], arguments: Seque
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         logger.info("no GPU here: only the embedded shape is measured")
+    # `exit_with_one_line` sets it for this process; an entry decides for itself.
+    inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     failed = []
     for entry in entries[kind]:
-        if subprocess.run([sys.executable, script, *arguments, *entry.split()]).returncode:
+        command = [sys.executable, script, *arguments, *entry.split()]
+        if subprocess.run(command, env=inherited).returncode:
             failed.append(entry)
     if failed:
         print(f"error: these failed: {', '.join(failed)}", file=sys.stderr)
@@ -151,18 +155,33 @@ def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float
     return float(4 * frozen + 6 * factors + 4 * head * labels + attention)
 
 
+def read_entries(folder: Path, benchmark: str) -> dict[str, Any]:
+    """The entries of `<folder>/<benchmark>.json` by `<key> on <device>`; none if there is no file.
+
+    Raises ValueError for a file that is something else, or of another version of this project.
+    """
+    path = folder / f"{benchmark}.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if (found["schema"], found["benchmark"]) == (SCHEMA, benchmark):
+            return dict(found["entries"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is not a record of this benchmark in format {SCHEMA}; move it away, or give "
+        "another folder as output=..."
+    )
+
+
 def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Put `entry` into `<folder>/<benchmark>.json`, in place of one of the same key and device.
 
-    Returns all entries, by `<key> on <device>`, so that one file holds several machines.
+    Returns all entries, so that one file holds several machines.
     """
     path = folder / f"{benchmark}.json"
-    entries: dict[str, Any] = {}
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found.get("schema") != SCHEMA or found.get("benchmark") != benchmark:
-            raise ValueError(f"{path} is not a record of this benchmark; move it away")
-        entries = found["entries"]
+    entries = read_entries(folder, benchmark)
     where = environment()
     entries[f"{key} on {where['device']['name']}"] = {**entry, **where}
     entries = dict(sorted(entries.items()))

@@ -52,6 +52,7 @@ from matryoshka_lora.benchmarks import (
     matmul_rate,
     merge_entry,
     parse,
+    read_entries,
     run_each,
     settings_of,
     synchronize,
@@ -133,6 +134,7 @@ def check(options: Options) -> None:
         given = getattr(options, key)
         if given is not None and given < 1:
             raise ValueError(f"{key}={given} must be 1 or more")
+    read_entries(Path(options.output), "sweep")
     if not options.batch_sizes or min(options.batch_sizes) < 1:
         raise ValueError(f"batch_sizes={options.batch_sizes} must be numbers of 1 or more")
 

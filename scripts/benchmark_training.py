@@ -40,6 +40,7 @@ from matryoshka_lora.benchmarks import (
     merge_entry,
     parse,
     random_examples,
+    read_entries,
     run_each,
     settings_of,
     synchronize,
@@ -111,6 +112,7 @@ def check(options: Options) -> None:
     ):
         if unknown := [name for name in given if name not in allowed]:
             raise ValueError(f"{key}={unknown[0]} is unknown; allowed: {', '.join(allowed)}")
+    read_entries(Path(options.output), "training")
     if not options.methods or min(options.seconds, options.others) <= 0 or options.warmup < 1:
         raise ValueError(
             "give at least one method, seconds and others above 0 and a warmup of 1 or more"

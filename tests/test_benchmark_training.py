@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.adapters import AdapterSpec, add_adapters
-from matryoshka_lora.benchmarks import gsm8k_lengths, training_flops
+from matryoshka_lora.benchmarks import gsm8k_lengths, run_each, training_flops
 from matryoshka_lora.cli import exit_with_one_line, run_script
 from matryoshka_lora.data import Example
 from matryoshka_lora.records import environment
@@ -101,3 +101,27 @@ def test_help_shows_the_options(monkeypatch, capsys):
     run_script(script.main, script.__doc__, script.Options)
     shown = capsys.readouterr().out
     assert shown.startswith("Training speed") and "seconds" in shown and "[60.0]" in shown
+
+
+def test_each_entry_is_a_process_of_its_own(tmp_path, capfd):
+    """It shows a mistake as one line like any command, and the others go on."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, sys\n"
+        "print(sys.argv[1:], 'HYDRA_FULL_ERROR' in os.environ)\n"
+        "sys.exit(sys.argv[2] == 'a=1')\n"
+    )
+    entries = {"cpu": ["a=1", "a=2 b=[1,2]"], "cuda": ["a=1", "a=2 b=[1,2]"]}
+    with exit_with_one_line():
+        assert run_each(str(child), entries, ["output=x"]) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["['output=x', 'a=1'] False", "['output=x', 'a=2', 'b=[1,2]'] False"]
+    assert err == "error: these failed: a=1\n"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"schema": 1, "benchmark": "sweep"}'])
+def test_what_is_no_record_is_left_alone(content, tmp_path):
+    (tmp_path / "training.json").write_text(content)
+    with pytest.raises(ValueError, match=r"training\.json is not a record .* move it away"):
+        script.main(["shape=tiny", f"output={tmp_path}"])
+    assert (tmp_path / "training.json").read_text() == content
