@@ -268,3 +268,22 @@ def test_parts_are_replaced_on_cuda(
         found = model(ids).logits.float()
     # Closer to the model as it is than that is to the exact one.
     assert (found - before).norm() <= 0.5 * (before - exact).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("width", "inner", "heads", "key_heads"),
+    [(576, 1536, 9, 3), (2048, 8192, 32, 8), (4096, 14336, 32, 8)],
+)
+def test_real_widths_are_replaced_on_cuda(
+    dtype: torch.dtype, width: int, inner: int, heads: int, key_heads: int
+) -> None:
+    """Of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B, with the random weights they start from."""
+    sizes = {"hidden_size": width, "intermediate_size": inner, "head_dim": width // heads}
+    counts = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    config = LlamaConfig(**(SHAPE | sizes | counts | {"num_hidden_layers": 1}))
+    model = AutoModelForCausalLM.from_config(config).to("cuda", dtype)
+    with fused.fused(model):
+        assert parts(model) == {"norm", "mlp", "rotary"}
