@@ -6,7 +6,6 @@ shapes and lengths alone, as long as token ids are random and no factor is zero.
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from matryoshka_lora.adapters import adapter_layers
+from matryoshka_lora.cli import environment_of_children
 from matryoshka_lora.data import Example
 from matryoshka_lora.files import write_atomically
 from matryoshka_lora.records import environment
@@ -72,12 +72,10 @@ def run_each(script: str, entries: Mapping[str, Sequence[str]], arguments: Seque
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         logger.info("no GPU here: only the embedded shape is measured")
-    # `exit_with_one_line` sets it for this process; an entry decides for itself.
-    inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     failed = []
     for entry in entries[kind]:
         command = [sys.executable, script, *arguments, *entry.split()]
-        if subprocess.run(command, env=inherited).returncode:
+        if subprocess.run(command, env=environment_of_children()).returncode:
             failed.append(entry)
     if failed:
         print(f"error: these failed: {', '.join(failed)}", file=sys.stderr)

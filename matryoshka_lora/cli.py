@@ -56,6 +56,11 @@ def exit_with_one_line() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def environment_of_children() -> dict[str, str]:
+    """This process's environment without what `exit_with_one_line` sets for this process alone."""
+    return {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+
+
 def run_script(
     main: Callable[[list[str]], int | None], description: str | None, options: type | None = None
 ) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
+from matryoshka_lora.cli import environment_of_children
+
 logger = logging.getLogger(__name__)
 
 # Seconds that interrupted jobs get to end by themselves, and then to end when told to.
@@ -194,14 +196,12 @@ def _start(job: Job, slot: Slot, script: Path, output: object) -> "subprocess.Po
     if slot.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={slot.processes}"]
-    # `exit_with_one_line` sets it for this process; a job decides for itself.
-    inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     return subprocess.Popen(
         [*command, str(script), *job.overrides],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if output is None else output,  # type: ignore[call-overload]
         stderr=subprocess.STDOUT,
-        env={**inherited, "PYTHONUNBUFFERED": "1", **slot.environment},
+        env={**environment_of_children(), "PYTHONUNBUFFERED": "1", **slot.environment},
     )
 
 

@@ -802,11 +802,10 @@ class Prefill:
 
     def contexts(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, Tensor]:
         """The contexts' tokens (None: all), and of each the row and the place in it."""
-        spans = [np.arange(start, start + length) for start, length in self._contexts]
-        lengths = [len(span) for span in spans]
-        places = [np.arange(length) for length in lengths]
-        source, place = (torch.from_numpy(np.concatenate(x)) for x in (spans, places))
-        row = torch.from_numpy(np.repeat(rows, lengths))
+        starts, lengths = np.array(self._contexts).T
+        places = np.concatenate([np.arange(length) for length in lengths])
+        spread = (places + np.repeat(starts, lengths), np.repeat(rows, lengths), places)
+        source, row, place = (torch.from_numpy(x) for x in spread)
         device = self.ids.device
         everything = len(source) == self.ids.shape[1]
         return (

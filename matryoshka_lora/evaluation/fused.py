@@ -96,15 +96,11 @@ def fused_norm(module: nn.Module) -> Function | None:
 
 def fused_mlp(module: nn.Module) -> Function | None:
     """`down(silu(gate(x)) * up(x))` in place of `module`; None if it is something else."""
-    parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    parts: list[Any] = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    if not all(isinstance(part, nn.Linear) and on_device(part.weight) for part in parts):
+        return None
     gate, up, down = parts
-    if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)):
-        return None
-    if not isinstance(down, nn.Linear) or not on_device(gate.weight):
-        return None
-    if gate.in_features != up.in_features:
-        return None
-    if not gate.out_features == up.out_features == down.in_features:
+    if gate.weight.shape != up.weight.shape or gate.out_features != down.in_features:
         return None
 
     def forward(x: Tensor) -> Any:
