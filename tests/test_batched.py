@@ -447,7 +447,7 @@ def test_without_triton_decoding_is_slower_and_says_so(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs: bool) -> None:
-    """In float64 the reference engine's answers; in bf16 its likelihoods, by flash attention."""
+    """In float64 the reference engine's answers; in bf16 as near to the exact likelihoods as it."""
     config = LlamaConfig(**(SHAPE | {"head_dim": 64, "num_attention_heads": 8}))
     model = build(tokenizer, config).to("cuda", dtype)
     requests = []
@@ -466,11 +466,17 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
         model(ids, past_key_values=probe, use_cache=True, **packed_inputs([1], "cuda"))
     for decoding in (False, True):
         assert attention_agrees(model, probe.shapes, model.device, decoding)
-    expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
     engine = BatchedEngine(model, tokenizer, max_rows=13, cuda_graphs=graphs)
     found = answers(engine.run(jobs), jobs)
+    expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
     scored = [i for i, (_, request) in enumerate(jobs) if request.kind == "loglikelihood"]
-    for i in scored:
-        assert found[i].logprob == pytest.approx(expected[i].logprob, rel=0.05, abs=0.5)
     same = [found[i].text == expected[i].text for i in range(len(jobs)) if i not in scored]
     assert sum(same) >= 0.5 * len(same)
+    likelihoods = [jobs[i] for i in scored]
+    exact = answers(HFEngine(model.double(), tokenizer, 8).run(likelihoods), likelihoods)
+    ours, theirs = (
+        sum(abs(side[i].logprob - x.logprob) for i, x in zip(scored, exact, strict=True))
+        for side in (found, expected)
+    )
+    # Rounding makes both differ from the exact model, about equally far.
+    assert 0 < ours < 1.25 * theirs
