@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -255,6 +255,10 @@ def make_accelerator() -> Accelerator:
 def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedModel:
     """The base model with fresh adapters on this process's device, sharded under FSDP."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        # accelerate asks for it, and some versions of transformers then leave the weights of all
+        # processes but the first at 0, for accelerate to fill.
+        disable_fsdp_ram_efficient_loading()
     model = load_model(config.model, torch.device("cpu") if sharded else accelerator.device)
     add_adapters(
         model,
