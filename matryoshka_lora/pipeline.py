@@ -239,6 +239,9 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
 def make_accelerator() -> Accelerator:
     """Processes and device. Raises ValueError where the processes do not know each other."""
     let_segments_grow()
+    # Where torch prefers it, it plans anew for every length of keys, so in every decoding step of
+    # the HF backend, and it rounds unlike the flash attention of packed rows.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Without being told, accelerate ignores the launcher where there is no GPU.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))

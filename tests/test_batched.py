@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
@@ -480,3 +481,25 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
     )
     # Rounding makes both differ from the exact model, about equally far.
     assert 0 < ours < 1.25 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_likelihoods_in_bf16_are_the_reference_engines_on_cuda(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Where both attend by the flash kernel: all else rounds alike, at SmolLM2-135M's widths."""
+    widths = {"hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    model = build(tokenizer, LlamaConfig(**(SHAPE | widths | heads))).to("cuda", torch.bfloat16)
+    requests = [
+        likelihood(tokenizer, i, TEXT * (1 + i % 4) + text, ending)
+        for i, text in enumerate(prompts(12))
+        for ending in (" 19", "\nAnswer: 7 apples")
+    ]
+    jobs = [(points(model)[i], request) for i in (0, 1, -1) for request in requests]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
+    found = answers(BatchedEngine(model, tokenizer).run(jobs), jobs)
+    same = [a.logprob == pytest.approx(b.logprob) for a, b in zip(found, expected, strict=True)]
+    assert sum(same) > 0.9 * len(same)
