@@ -195,10 +195,19 @@ def write_table(
     rows: Callable[[str, Mapping[str, Any]], list[dict[str, Any]]],
     note: str,
 ) -> str:
-    """`<folder>/<benchmark>.md`: the rows of every entry, with the machine that each comes from."""
+    """`<folder>/<benchmark>.md`: the rows of every entry, with machine and commit they come from.
+
+    A `+` behind the commit: tracked files differed from it.
+    """
     lines = [
-        {**row, "card": entry["device"]["name"], "torch": entry["versions"]["torch"]}
+        {
+            **row,
+            "card": entry["device"]["name"],
+            "torch": entry["versions"]["torch"],
+            "commit": "" if git is None else git["sha"][:7] + "+" * git["dirty"],
+        }
         for key, entry in entries.items()
+        for git in [entry["git"]]
         for row in rows(key.removesuffix(f" on {entry['device']['name']}"), entry)
     ]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)

@@ -97,7 +97,8 @@ The rank sweep, batched engine against lm-eval's HF backend (HF) in the same run
 forward to the last scored answer (`make benchmark-sweep`). Shapes have random weights, prompts and
 answers of GSM8K's lengths, and no losses on gold answers; runs have all. `agrees %` is the share of
 answers with the same scores, in brackets with the same texts: batched with HF / HF with itself at
-another of its batch sizes. Records: `sweep.json`."""
+another of its batch sizes. On CUDA the entries of commits before b722bc6 have HF with cuDNN
+attention, which takes about twice as long on an H100. Records: `sweep.json`."""
 
 Answers = dict[tuple[Point, Request], Output]
 

@@ -1,6 +1,7 @@
 """Rank curves as figures (PNG, PDF), the same bytes for the same tables."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _OTHER_RULE = (0, (5, 1.5, 1, 1.5))
 
 _PANEL_COLUMNS = 2  # more would be too small to read on a page
 _PANEL_INCHES = (5.8, 3.7)
+_TITLE_CHARACTERS = 64  # of a line that fits above a panel
 _LEGEND_LINE_INCHES = 0.19
 _SETTINGS = {
     "font.size": 9,
@@ -102,7 +104,8 @@ def _panel(ax: Axes, table: RankTable) -> None:
     ax.set_xlabel("rank at inference")
     ax.set_ylabel(f"{table.metric.metric} ({table.metric.unit})")
     shared = ", ".join(f"{name} {value}" for name, value in table.shared.items())
-    ax.set_title(f"{table.metric.label}\n{shared}", loc="left")
+    lines = textwrap.wrap(shared, _TITLE_CHARACTERS, break_on_hyphens=False)
+    ax.set_title("\n".join([table.metric.label, *lines]), loc="left")
 
 
 def _legend(below: Axes, ax: Axes) -> None:
