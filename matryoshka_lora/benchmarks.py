@@ -195,7 +195,7 @@ def write_table(
     rows: Callable[[str, Mapping[str, Any]], list[dict[str, Any]]],
     note: str,
 ) -> str:
-    """`<folder>/<benchmark>.md`: the rows of every entry, with machine and commit they come from.
+    """`<folder>/<benchmark>.md`: the rows of every entry, each with its machine and commit.
 
     A `+` behind the commit: tracked files differed from it.
     """

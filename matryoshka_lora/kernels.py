@@ -188,8 +188,9 @@ if triton is not None:
         column = tl.arange(0, 128)
         x += tl.program_id(0).to(tl.int64) * WIDTH
         out += tl.program_id(0).to(tl.int64) * WIDTH
-        # In torch's order, as sums in another round to another number now and then. A thread adds
-        # up every 32nd group of four numbers place by place, then its four sums, last the warp.
+        # A sum in another order is another number now and then, so this is the order of torch's
+        # mean, for 16 rows or more of 128 to 8,160 numbers: a thread adds up every 32nd group of
+        # four numbers place by place, then its four sums, and last the warp those of its threads.
         sums = tl.zeros((128,), tl.float32)
         for start in tl.static_range(0, WIDTH, 128):
             part = tl.load(x + start + column, start + column < WIDTH, 0.0).to(tl.float32)

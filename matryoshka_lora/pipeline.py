@@ -237,10 +237,13 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
 
 
 def make_accelerator() -> Accelerator:
-    """Processes and device. Raises ValueError where the processes do not know each other."""
+    """Processes and device; attention without cuDNN in this process from now on.
+
+    Raises ValueError where the processes do not know each other.
+    """
     let_segments_grow()
-    # Where torch prefers it, it plans anew for every length of keys, so in every decoding step of
-    # the HF backend, and it rounds unlike the flash attention of packed rows.
+    # Where torch prefers it, it plans anew for every shape, so in every decoding step of the HF
+    # backend's first batches, and it rounds unlike the flash attention of packed rows.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Without being told, accelerate ignores the launcher where there is no GPU.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
@@ -259,8 +262,8 @@ def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedM
     """The base model with fresh adapters on this process's device, sharded under FSDP."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
-        # accelerate asks for it, and some versions of transformers then leave the weights of all
-        # processes but the first at 0, for accelerate to fill.
+        # accelerate asks for it, and transformers 5.17 then leaves the weights of all processes but
+        # the first at 0, for accelerate to fill.
         disable_fsdp_ram_efficient_loading()
     model = load_model(config.model, torch.device("cpu") if sharded else accelerator.device)
     add_adapters(

@@ -98,7 +98,8 @@ forward to the last scored answer (`make benchmark-sweep`). Shapes have random w
 answers of GSM8K's lengths, and no losses on gold answers; runs have all. `agrees %` is the share of
 answers with the same scores, in brackets with the same texts: batched with HF / HF with itself at
 another of its batch sizes. On CUDA the entries of commits before b722bc6 have HF with cuDNN
-attention, which takes about twice as long on an H100. Records: `sweep.json`."""
+attention, which plans for every new shape: samples of one batch took up to twice as long with it.
+Records: `sweep.json`."""
 
 Answers = dict[tuple[Point, Request], Output]
 

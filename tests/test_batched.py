@@ -479,7 +479,7 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
         sum(abs(side[i].logprob - x.logprob) for i, x in zip(scored, exact, strict=True))
         for side in (found, expected)
     )
-    # Rounding makes both differ from the exact model, about equally far.
+    # Rounding makes both differ from the exact model, so neither by 0, about equally far.
     assert 0 < ours < 1.25 * theirs
 
 
@@ -502,4 +502,5 @@ def test_likelihoods_in_bf16_are_the_reference_engines_on_cuda(
         expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)
     found = answers(BatchedEngine(model, tokenizer).run(jobs), jobs)
     same = [a.logprob == pytest.approx(b.logprob) for a, b in zip(found, expected, strict=True)]
+    # Some cards and versions may split a product of few rows otherwise.
     assert sum(same) > 0.9 * len(same)

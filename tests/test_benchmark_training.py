@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.adapters import AdapterSpec, add_adapters
-from matryoshka_lora.benchmarks import gsm8k_lengths, run_each, training_flops
+from matryoshka_lora.benchmarks import gsm8k_lengths, run_each, training_flops, write_table
 from matryoshka_lora.cli import exit_with_one_line, run_script
 from matryoshka_lora.data import Example
 from matryoshka_lora.records import environment
@@ -78,6 +78,16 @@ def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, ca
     assert row["x peft 1x2"] == f"{speed / reference:.2f}"
     assert row["MFU"] == f"{100 * speed * entries['tiny-r4']['model_flops'] / 1e12:.0f} %"
     assert table.splitlines()[-1] in capsys.readouterr().out
+
+
+def test_a_table_names_machine_and_commit(tmp_path):
+    where = {"device": {"name": "card"}, "versions": {"torch": "2.11"}}
+    commits = [{"sha": "0123456789", "dirty": False}, {"sha": "0123456789", "dirty": True}, None]
+    entries = {f"{i} on card": where | {"git": git} for i, git in enumerate(commits)}
+    write_table(tmp_path, "training", entries, lambda key, entry: [{"shape": key}], "note")
+    lines = (tmp_path / "training.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert cells == [[str(i), "card", "2.11", c] for i, c in enumerate(["0123456", "0123456+", ""])]
 
 
 @pytest.mark.parametrize(

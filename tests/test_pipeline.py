@@ -273,3 +273,12 @@ def test_kills_at_random_moments_lose_nothing_that_was_finished(tmp_path):
     lines = (path.parent / "samples" / "arithmetic_word_problems-0.jsonl").read_text().splitlines()
     keys = [(s["rank"], s["rule"], s["doc_id"]) for s in map(json.loads, lines)]
     assert len(keys) == len(set(keys))  # no point was evaluated twice
+
+
+def test_attention_is_without_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        pipeline.make_accelerator()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

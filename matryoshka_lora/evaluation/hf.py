@@ -1,6 +1,7 @@
 """The reference engine: lm-eval's own HF backend around the model in memory, point by point.
 
-Slow and simple; every other engine must agree with it, and it with the harness's command line.
+Slow and simple; every other engine must agree with it, and it with the harness's command line. In
+half precision all that holds for one kernel of attention: see `pipeline.make_accelerator`.
 """
 
 import copy
