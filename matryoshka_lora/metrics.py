@@ -1,4 +1,4 @@
-"""Area under the rank-accuracy curve (AURAC) and its bootstrap intervals."""
+"""Area under the rank-accuracy curve (AURAC), and bootstrap intervals."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -53,79 +53,31 @@ def aurac(ranks: Sequence[int], scores: Sequence[float], axis: Axis = "log2") ->
     return float(weights @ values)
 
 
-def bootstrap_interval(
-    scores: npt.ArrayLike,
-    ranks: Sequence[int],
-    axis: Axis = "log2",
-    *,
-    confidence: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of AURAC over documents.
-
-    scores: (ranks, documents), the score of every document at every rank. Each resample draws
-    documents with replacement once for all ranks, so the correlation between ranks is kept. As
-    AURAC is linear, this is the bootstrap of the mean of the documents' own AURACs.
-    Raises ValueError for wrong shapes, scores that are not finite, and impossible options.
-    """
-    contributions = _document_auracs(scores, ranks, axis)
-    return _percentile_interval(contributions, confidence, samples, seed)
-
-
-def paired_bootstrap_interval(
-    scores: npt.ArrayLike,
-    other: npt.ArrayLike,
-    ranks: Sequence[int],
-    axis: Axis = "log2",
-    *,
-    confidence: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Interval (low, high) of AURAC(scores) - AURAC(other), both (ranks, documents).
-
-    The two must hold the same documents in the same order: a resample takes the same documents
-    for both. Otherwise as `bootstrap_interval`.
-    """
-    first, second = (_document_auracs(s, ranks, axis) for s in (scores, other))
-    if first.shape != second.shape:
-        raise ValueError(
-            "a paired interval needs the same documents on both sides, got "
-            f"{first.size} and {second.size}"
-        )
-    return _percentile_interval(first - second, confidence, samples, seed)
-
-
-def _document_auracs(
-    scores: npt.ArrayLike, ranks: Sequence[int], axis: Axis
+def bootstrap_intervals(
+    values: npt.ArrayLike, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> npt.NDArray[np.float64]:
-    """AURAC of each document alone, shape (documents,); their mean is the AURAC of the means."""
-    weights = trapezoid_weights(ranks, axis)
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] != weights.size or values.shape[1] == 0:
-        raise ValueError(
-            f"a bootstrap needs scores of shape ({weights.size} ranks, documents), "
-            f"got {values.shape}"
-        )
-    if not np.all(np.isfinite(values)):
-        raise ValueError(
-            "a bootstrap needs finite scores: a document without a score has to be "
-            "left out at every rank"
-        )
-    return weights @ values
+    """Percentile bootstrap intervals (low, high) over documents: (cells, documents) -> (cells, 2).
 
-
-def _percentile_interval(
-    values: npt.NDArray[np.float64], confidence: float, samples: int, seed: int
-) -> tuple[float, float]:
+    Each interval is that of a row's mean. A resample draws the same documents for all rows, so a
+    row may be differences of paired scores, or, as AURAC is linear, `trapezoid_weights(ranks) @
+    scores` for scores (ranks, documents).
+    Raises ValueError for another shape, values that are not finite, and impossible options.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"a bootstrap needs values of shape (cells, documents), got {rows.shape}")
+    if not np.all(np.isfinite(rows)):
+        raise ValueError("a bootstrap needs finite values: leave out what has none")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
     if samples < 1:
         raise ValueError(f"a bootstrap needs at least one sample, got {samples!r}")
     rng = np.random.default_rng(seed)
+    documents = rows.shape[1]
     # One resample at a time: (samples, documents) indices of HellaSwag would take 80 MB.
-    means = [values[rng.integers(0, values.size, values.size)].mean() for _ in range(samples)]
+    means = [
+        rows @ np.bincount(rng.integers(0, documents, documents), minlength=documents) / documents
+        for _ in range(samples)
+    ]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return np.quantile(means, [tail, 1 - tail], axis=0).T

@@ -3,12 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from matryoshka_lora.metrics import (
-    aurac,
-    bootstrap_interval,
-    paired_bootstrap_interval,
-    trapezoid_weights,
-)
+from matryoshka_lora.metrics import aurac, bootstrap_intervals, trapezoid_weights
 
 
 def test_aurac_by_hand():
@@ -59,15 +54,18 @@ def test_aurac_refuses(ranks, scores, axis, words):
 def test_bootstrap_against_brute_force():
     """Resample columns with the same draws, average every rank, and integrate each curve."""
     ranks, samples = [1, 2, 8], 300
-    scores = np.random.default_rng(1).integers(0, 2, size=(3, 20)).astype(float)
+    ours, theirs = np.random.default_rng(1).integers(0, 2, size=(2, 3, 20)).astype(float)
     rng = np.random.default_rng(5)
     areas = []
     for _ in range(samples):
-        drawn = scores[:, rng.integers(0, 20, 20)]
-        areas.append(aurac(ranks, drawn.mean(axis=1).tolist()))
-    expected = np.quantile(areas, [0.05, 0.95])
-    got = bootstrap_interval(scores, ranks, confidence=0.9, samples=samples, seed=5)
-    assert got == pytest.approx(tuple(expected))
+        drawn = rng.integers(0, 20, 20)
+        area, other = (aurac(ranks, x[:, drawn].mean(axis=1).tolist()) for x in (ours, theirs))
+        areas.append([area, area - other])
+    expected = np.quantile(areas, [0.05, 0.95], axis=0).T
+    weights = trapezoid_weights(ranks)
+    values = [weights @ ours, weights @ (ours - theirs)]
+    got = bootstrap_intervals(values, confidence=0.9, samples=samples, seed=5)
+    assert got == pytest.approx(expected)
 
 
 def test_bootstrap_against_all_resamples():
@@ -79,37 +77,27 @@ def test_bootstrap_against_all_resamples():
         for drawn in itertools.product(range(3), repeat=3)
     ]
     expected = np.quantile(areas, [0.1, 0.9])
-    got = bootstrap_interval(scores, ranks, "linear", confidence=0.8, samples=5000)
-    assert got == pytest.approx(tuple(expected), abs=1e-9)
+    values = [trapezoid_weights(ranks, "linear") @ scores]
+    (got,) = bootstrap_intervals(values, confidence=0.8, samples=5000)
+    assert got == pytest.approx(expected, abs=1e-9)
 
 
-def test_paired_bootstrap():
-    rng = np.random.default_rng(2)
-    ranks = [1, 2, 4]
-    better = rng.integers(0, 2, size=(3, 200)).astype(float)
-    # A constant advantage on every document has no spread once documents are paired.
-    assert paired_bootstrap_interval(better + 0.25, better, ranks) == pytest.approx((0.25, 0.25))
-    low, high = paired_bootstrap_interval(better, rng.permuted(better, axis=1), ranks)
-    assert low < 0 < high
-    assert paired_bootstrap_interval(better, better * 0, ranks) == bootstrap_interval(better, ranks)
+def test_a_constant_difference_has_no_spread():
+    better = np.random.default_rng(2).integers(0, 2, size=200).astype(float)
+    got = bootstrap_intervals([(better + 0.25) - better, better])
+    assert got[0] == pytest.approx([0.25, 0.25]) and got[1, 0] < better.mean() < got[1, 1]
 
 
 @pytest.mark.parametrize(
-    ("scores", "options", "words"),
+    ("values", "options", "words"),
     [
-        ([[1.0], [1.0]], {}, "shape"),
         ([1.0, 2.0, 3.0], {}, "shape"),
-        ([[], [], []], {}, "shape"),
-        ([[1.0], [1.0], [float("nan")]], {}, "finite"),
-        ([[1.0]] * 3, {"confidence": 95}, "confidence"),
-        ([[1.0]] * 3, {"samples": 0}, "at least one"),
+        ([[], []], {}, "shape"),
+        ([[1.0, float("nan")]], {}, "finite"),
+        ([[1.0]], {"confidence": 95}, "confidence"),
+        ([[1.0]], {"samples": 0}, "at least one"),
     ],
 )
-def test_bootstrap_refuses(scores, options, words):
+def test_bootstrap_refuses(values, options, words):
     with pytest.raises(ValueError, match=words):
-        bootstrap_interval(scores, [1, 2, 4], **options)
-
-
-def test_paired_bootstrap_refuses_other_documents():
-    with pytest.raises(ValueError, match="same documents"):
-        paired_bootstrap_interval([[1.0, 2.0]], [[1.0]], [1])
+        bootstrap_intervals(values, **options)

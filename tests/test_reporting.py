@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -18,6 +19,7 @@ from matryoshka_lora.reporting import (
     write_report,
     write_tables,
 )
+from matryoshka_lora.reporting.differences import differences
 from matryoshka_lora.reporting.plots import _drawn
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +99,57 @@ def test_the_table_by_hand(grid, tmp_path):
     linear 75/3 and 115/3, so 31.7 ± 9.4."""
     write_tables(rank_tables(grid), tmp_path / "table2-toy", "table2-toy")
     assert (tmp_path / "table2-toy.md").read_text() == EXPECTED_MD
+
+
+@pytest.fixture
+def scored():
+    """Four documents; two seeds of DyLoRA and one of LoRA, by its prefixes and its SVD."""
+
+    def rows(scores, rule="prefix", same=None):
+        return [
+            row(rank, s.count("1") / 4, rule, scores=s, n=4, same_as=same and f"{same}@{rank}")
+            for rank, s in zip((1, 4), scores, strict=True)
+        ]
+
+    lora = [*rows(["0000", "1100"]), *rows(["0100", "1100"], "svd")]
+    return [
+        record(rows(["0110", "1110"]) + rows(["0110", "1110"], "trained", "prefix")),
+        record(rows(["0100", "1111"]), seed=2),
+        record(lora, method="lora"),
+    ]
+
+
+def test_differences_from_the_svd_of_lora(scored, tmp_path):
+    (table,) = rank_tables(scored)
+    (lora, of_lora), (dylora, of_dylora) = differences(table)  # not the rule that is another one
+    assert (lora.method, lora.rule, dylora.method) == ("LoRA", "prefix", "DyLoRA")
+    # Seeds averaged minus LoRA's SVD: 0 1 .5 0 - 0 1 0 0 at rank 1, 1 1 1 .5 - 1 1 0 0 at rank 4.
+    gaps = {1: np.array([0, 0, 0.5, 0]), 4: np.array([0, 0, 1, 0.5])}
+    gaps |= dict.fromkeys(("log2", "linear"), (gaps[1] + gaps[4]) / 2)
+    generator = np.random.default_rng(0)
+    drawn = [generator.integers(0, 4, 4) for _ in range(1000)]
+    for column, gap in gaps.items():
+        low, high = np.quantile([100 * gap[d].mean() for d in drawn], [0.025, 0.975])
+        found = of_dylora[column]
+        assert (found.mean, found.low, found.high) == pytest.approx((100 * gap.mean(), low, high))
+    assert (of_lora[1].mean, of_lora[4].mean) == pytest.approx((-25, 0))
+    write_tables([table], tmp_path / "t", "t")
+    text = (tmp_path / "t.md").read_text().partition("Minus LoRA svd")[2]
+    assert "| DyLoRA | prefix | 0.001 | 2 | +12.5 [0.0, 37.5] | +37.5 [0.0, 75.0] |" in text
+    assert "| LoRA | prefix | 0.001 | 1 | -25.0 [-75.0, 0.0] | +0.0 [0.0, 0.0] |" in text
+
+
+def test_differences_need_scores_and_one_reference(grid, scored):
+    (table,) = rank_tables(grid)
+    assert differences(table) == []
+    # No scores, or a value that is not their mean.
+    first = scored[1].rows[0]
+    for changes in ({"scores": None}, {"value": 0.5}):
+        scored[1].rows[0] = dataclasses.replace(first, **changes)
+        _, (dylora, cells) = differences(rank_tables(scored)[0])
+        assert dylora.method == "DyLoRA" and list(cells) == [4]
+    other = record(scored[2].rows, method="lora", trainer__lr=1.0)
+    assert differences(rank_tables([*scored, other])[0]) == []
 
 
 def test_the_frame_by_hand(grid):

@@ -93,9 +93,14 @@ class Metric(NamedTuple):
         """A value of a record in the unit of tables and plots."""
         return value if self.lower_is_better else 100 * value
 
+    @property
+    def digits(self) -> int:
+        """Printed behind the point."""
+        return 3 if self.lower_is_better else 1
+
     def text(self, value: float) -> str:
         """A shown value as tables and legends print it."""
-        return f"{value:.3f}" if self.lower_is_better else f"{value:.1f}"
+        return f"{value:.{self.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Curve:
     aurac: by axis; mean and sd of the seeds' own AURACs, over `aurac_ranks`, the ranks > 0 that
         all seeds of the row have.
     same_as: another rule of this method that is the same function at every rank.
+    scored: by rank, the rows behind a cell, one a seed.
     """
 
     kind: Literal["base", "curve", "dedicated"]
@@ -137,6 +143,7 @@ class Curve:
     aurac: Mapping[Axis, Cell] = field(default_factory=dict)
     aurac_ranks: tuple[int, ...] = ()
     same_as: str | None = None
+    scored: Mapping[int, Sequence[Row]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -481,6 +488,7 @@ def _curves(
                 aurac=areas,
                 aurac_ranks=complete,
                 same_as=_alias(at_rank),
+                scored=at_rank,
             )
         )
         for run in present:
@@ -515,6 +523,7 @@ def _dedicated(members: Sequence[_Run], metric: Metric, label: str) -> Curve:
         seeds=len(rows),
         cells={rank: _mean(metric, rows)} if rows else {},
         holes=() if rows else (rank,),
+        scored={rank: rows},
     )
 
 

@@ -13,6 +13,7 @@ from matryoshka_lora.files import write_atomically
 from matryoshka_lora.metrics import AXES, Axis
 from matryoshka_lora.records import Record
 from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, run_tables
+from matryoshka_lora.reporting.differences import Difference, differences, reference
 
 _SHARED = ("model", "dataset", "R", "scaling")
 
@@ -31,7 +32,8 @@ def write_tables(tables: Sequence[RankTable], stem: str | Path, title: str) -> l
     """Write `<stem>.csv`, `.md` and `.tex` and return their paths; same tables, same bytes.
 
     CSV: one line for each row of any table, mean and sd apart. Markdown and LaTeX: a section a
-    table, `mean ± sd`, the best value of each column bold, what is missing named below.
+    table, `mean ± sd`, the best value of each column bold, what is missing named below. Markdown
+    also has the differences from one curve, see `differences`.
     """
     stem = Path(stem)
     contents = {
@@ -123,27 +125,10 @@ def _csv(tables: Sequence[RankTable]) -> str:
 
 def _body(table: RankTable, markup: _Markup) -> list[list[str]]:
     """Header and rows as text of one format; constant columns are left to the caption."""
-    varying = [name for name in _SHARED if name not in table.shared]
-    header = ["method", *varying, "rule", "lr", "seeds", *map(str, table.ranks)]
-    header += [f"AURAC {axis}" for axis in AXES]
     best = _best(table)
-    body = [[markup.escape(name) for name in header]]
+    body = [[markup.escape(name) for name in _header(table, table.ranks)]]
     for row in table.rows:
-        identity = {
-            "model": row.model,
-            "dataset": row.dataset,
-            "R": str(row.rank),
-            "scaling": row.scaling,
-        }
-        seeds = str(row.seeds) if row.seeds == row.planned else f"{row.seeds}/{row.planned}"
-        texts = [
-            row.method,
-            *(identity[name] for name in varying),
-            (row.rule or "") if row.kind == "curve" else "",
-            "" if row.lr is None else f"{row.lr:g}",
-            "" if row.kind == "base" else seeds,
-        ]
-        line = [markup.escape(text) for text in texts]
+        line = [markup.escape(text) for text in _names(table, row)]
         for column in (*table.ranks, *AXES):
             cell = _at(row, column)
             if cell is None:
@@ -157,6 +142,30 @@ def _body(table: RankTable, markup: _Markup) -> list[list[str]]:
             line.append(text + (markup.untrained if cell.untrained else ""))
         body.append(line)
     return body
+
+
+def _header(table: RankTable, ranks: Sequence[int]) -> list[str]:
+    varying = [name for name in _SHARED if name not in table.shared]
+    areas = [f"AURAC {axis}" for axis in AXES]
+    return ["method", *varying, "rule", "lr", "seeds", *map(str, ranks), *areas]
+
+
+def _names(table: RankTable, row: Curve) -> list[str]:
+    """What stands before the numbers of a row."""
+    identity = {
+        "model": row.model,
+        "dataset": row.dataset,
+        "R": str(row.rank),
+        "scaling": row.scaling,
+    }
+    seeds = str(row.seeds) if row.seeds == row.planned else f"{row.seeds}/{row.planned}"
+    return [
+        row.method,
+        *(identity[name] for name in _SHARED if name not in table.shared),
+        (row.rule or "") if row.kind == "curve" else "",
+        "" if row.lr is None else f"{row.lr:g}",
+        "" if row.kind == "base" else seeds,
+    ]
 
 
 def _at(row: Curve, column: int | Axis) -> Cell | None:
@@ -209,14 +218,42 @@ def _untrained(table: RankTable) -> bool:
 
 
 def _markdown(table: RankTable) -> str:
-    header, *body = _body(table, _MARKDOWN)
-    text_columns = header.index("seeds")
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    lines = [f"| {' | '.join(line)} |" for line in (header, rule, *body)]
     notes = ["\\* rank outside the trained sub-ranks"] if _untrained(table) else []
     notes += [_MARKDOWN.escape(note) for note in _notes(table)]
-    paragraphs = [f"## {table.metric.label}", _caption(table) + ".", "\n".join(lines)]
-    return "\n\n".join(paragraphs + notes) + "\n"
+    paragraphs = [f"## {table.metric.label}", _caption(table) + ".", _grid(_body(table, _MARKDOWN))]
+    return "\n\n".join([*paragraphs, *notes, *_compared(table)]) + "\n"
+
+
+def _grid(lines: Sequence[Sequence[str]]) -> str:
+    header, *body = lines
+    text_columns = header.index("seeds")
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+
+
+def _compared(table: RankTable) -> list[str]:
+    """Paragraphs: the differences from the reference, if there are any."""
+    base, found = reference(table), differences(table)
+    if base is None or not found:
+        return []
+    lines = [_header(table, table.curve_ranks)]
+    for row, cells in found:
+        columns = [cells.get(column) for column in (*table.curve_ranks, *AXES)]
+        numbers = ["" if cell is None else _interval(table, cell) for cell in columns]
+        lines.append([_MARKDOWN.escape(text) for text in _names(table, row)] + numbers)
+    return [
+        f"Minus {_MARKDOWN.escape(base.method)} {base.rule}, with the 95 % interval of a bootstrap "
+        "over the documents, seeds averaged before; bold where it excludes 0.",
+        _grid(lines),
+    ]
+
+
+def _interval(table: RankTable, cell: Difference) -> str:
+    digits = table.metric.digits
+    # + 0.0 turns -0.0 into 0.0.
+    mean, low, high = (round(x, digits) + 0.0 for x in (cell.mean, cell.low, cell.high))
+    text = f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return _MARKDOWN.bold(text) if cell.clear else text
 
 
 def _latex(table: RankTable) -> str:
