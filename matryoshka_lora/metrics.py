@@ -54,7 +54,7 @@ def aurac(ranks: Sequence[int], scores: Sequence[float], axis: Axis = "log2") ->
 
 
 def bootstrap_intervals(
-    values: npt.ArrayLike, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
+    values: npt.ArrayLike, *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> npt.NDArray[np.float64]:
     """Percentile bootstrap intervals (low, high) over documents: (cells, documents) -> (cells, 2).
 

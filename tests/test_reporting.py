@@ -108,48 +108,63 @@ def scored():
     def rows(scores, rule="prefix", same=None):
         return [
             row(rank, s.count("1") / 4, rule, scores=s, n=4, same_as=same and f"{same}@{rank}")
-            for rank, s in zip((1, 4), scores, strict=True)
+            for rank, s in zip((1, 4), scores, strict=False)
         ]
 
     lora = [*rows(["0000", "1100"]), *rows(["0100", "1100"], "svd")]
+    lora += [row(r, v, "svd", "loss", scores=[v] * 4, n=4) for r, v in ((1, 2.0), (4, 1.0))]
+    losses = [row(r, v, metric="loss", scores=[v] * 4, n=4) for r, v in ((1, 1.5), (4, 1.25))]
     return [
         record(rows(["0110", "1110"]) + rows(["0110", "1110"], "trained", "prefix")),
-        record(rows(["0100", "1111"]), seed=2),
+        record(rows(["0100", "1111"]) + losses, seed=2),
         record(lora, method="lora"),
+        record(rows(["1111"], "svd"), method="lora", rank=1),
     ]
 
 
 def test_differences_from_the_svd_of_lora(scored, tmp_path):
-    (table,) = rank_tables(scored)
-    (lora, of_lora), (dylora, of_dylora) = differences(table)  # not the rule that is another one
+    table, losses = rank_tables(scored)
+    # Not the rule that is another one.
+    (lora, of_lora), (dylora, of_dylora), (_, dedicated) = differences(table)
     assert (lora.method, lora.rule, dylora.method) == ("LoRA", "prefix", "DyLoRA")
     # Seeds averaged minus LoRA's SVD: 0 1 .5 0 - 0 1 0 0 at rank 1, 1 1 1 .5 - 1 1 0 0 at rank 4.
     gaps = {1: np.array([0, 0, 0.5, 0]), 4: np.array([0, 0, 1, 0.5])}
     gaps |= dict.fromkeys(("log2", "linear"), (gaps[1] + gaps[4]) / 2)
     generator = np.random.default_rng(0)
-    drawn = [generator.integers(0, 4, 4) for _ in range(1000)]
+    drawn = [generator.integers(0, 4, 4) for _ in range(10_000)]
     for column, gap in gaps.items():
         low, high = np.quantile([100 * gap[d].mean() for d in drawn], [0.025, 0.975])
         found = of_dylora[column]
         assert (found.mean, found.low, found.high) == pytest.approx((100 * gap.mean(), low, high))
+    # 50 and 25 against 25 at rank 1, 75 and 100 against 50 at rank 4.
+    assert (of_dylora[1].apart, of_dylora[4].apart) == (False, True)
     assert (of_lora[1].mean, of_lora[4].mean) == pytest.approx((-25, 0))
-    write_tables([table], tmp_path / "t", "t")
-    text = (tmp_path / "t.md").read_text().partition("Minus LoRA svd")[2]
+    assert dedicated.keys() == {1} and dedicated[1].mean == pytest.approx(75)
+    write_tables([table, losses], tmp_path / "t", "t")
+    text = (tmp_path / "t.md").read_text().partition("Minus LoRA svd (seeds: 1)")[2]
+    # Losses of all documents alike: no spread. log2 is the mean of both ranks.
+    loss = "**-0.500 [-0.500, -0.500]** | **+0.250 [0.250, 0.250]** | **-0.125 [-0.125, -0.125]** |"
+    assert f"| DyLoRA | prefix | 0.001 | 1/2 | {loss}" in text
     assert "| DyLoRA | prefix | 0.001 | 2 | +12.5 [0.0, 37.5] | +37.5 [0.0, 75.0] |" in text
     assert "| LoRA | prefix | 0.001 | 1 | -25.0 [-75.0, 0.0] | +0.0 [0.0, 0.0] |" in text
 
 
-def test_differences_need_scores_and_one_reference(grid, scored):
+def test_differences_need_scores_of_the_same_documents_and_one_reference(grid, scored, tmp_path):
     (table,) = rank_tables(grid)
     assert differences(table) == []
     # No scores, or a value that is not their mean.
     first = scored[1].rows[0]
     for changes in ({"scores": None}, {"value": 0.5}):
         scored[1].rows[0] = dataclasses.replace(first, **changes)
-        _, (dylora, cells) = differences(rank_tables(scored)[0])
+        _, (dylora, cells), _ = differences(rank_tables(scored)[0])
         assert dylora.method == "DyLoRA" and list(cells) == [4]
     other = record(scored[2].rows, method="lora", trainer__lr=1.0)
-    assert differences(rank_tables([*scored, other])[0]) == []
+    tables = rank_tables([*scored, other])
+    assert differences(tables[0]) == []
+    write_tables(tables, tmp_path / "t", "t")
+    assert "No differences: there are 2 curves of LoRA svd." in (tmp_path / "t.md").read_text()
+    fewer = [dataclasses.replace(r, scores="110", value=2 / 3, n=3) for r in scored[2].rows]
+    assert differences(rank_tables([*scored[:2], record(fewer, method="lora")])[0]) == []
 
 
 def test_the_frame_by_hand(grid):

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from matryoshka_lora.metrics import AXES, Axis, bootstrap_intervals, trapezoid_weights
 from matryoshka_lora.records import Row, decode_scores
-from matryoshka_lora.reporting.curves import Curve, Metric, RankTable
+from matryoshka_lora.reporting.curves import Curve, RankTable
 
 Scores = npt.NDArray[np.float64]
 Column = int | Axis
@@ -19,78 +19,77 @@ REFERENCE = ("lora", "svd")
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over documents, and its 95 % bootstrap interval, in the unit of the table."""
+    """Mean over documents and its 95 % bootstrap interval, in the unit of the table.
+
+    apart: the seeds of the two do not overlap. The interval knows nothing of seeds.
+    """
 
     mean: float
     low: float
     high: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+    apart: bool
 
 
-def reference(table: RankTable) -> Curve | None:
-    """The curve that the others are compared with; None if there is none, or more than one."""
-    found = [
+def references(table: RankTable) -> list[Curve]:
+    """The curves that others may be compared with; with several there is nothing to choose by."""
+    return [
         row
         for row in table.rows
         if row.kind == "curve" and (row.method_name, row.rule) == REFERENCE
     ]
-    return found[0] if len(found) == 1 else None
 
 
 def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]]:
-    """Curves and dedicated LoRAs, each minus the reference at the ranks and axes that both have.
+    """Curves and dedicated LoRAs, each minus the one reference at the ranks and axes of both.
 
-    Seeds are averaged document by document before; an interval says nothing about other seeds.
-    Rules that are the same function as another one are left out, and so are values that are not the
-    mean of documents' scores in the records.
+    Intervals are over documents, seeds averaged before. Rules that are the same function as another
+    one are left out, and so are values that are not the mean of documents' scores in the records,
+    and all of a table whose values are over different documents.
     """
-    base = reference(table)
-    if base is None:
+    if len(references(table)) != 1 or len(table.documents) != 1:
         return []
-    theirs = _documents(base, table.metric)
-    compared: list[tuple[Curve, dict[Column, Scores]]] = []
+    (base,) = references(table)
+    theirs = _columns(base, table)
+    compared: list[tuple[Curve, list[Column]]] = []
+    means: list[Scores] = []
+    apart: list[bool] = []
     for row in table.rows:
-        if row is base or row.kind == "base" or row.same_as is not None:
+        same = (row.model, row.dataset) == (base.model, base.dataset)
+        if not same or row is base or row.kind == "base" or row.same_as is not None:
             continue
-        gaps: dict[Column, Scores] = {
-            rank: ours - theirs[rank]
-            for rank, ours in _documents(row, table.metric).items()
-            if rank in theirs and len(ours) == len(theirs[rank])
-        }
-        if row.kind == "curve" and tuple(gaps) == table.curve_ranks:
-            of_ranks = np.stack(list(gaps.values()))
-            for axis in AXES:
-                gaps[axis] = trapezoid_weights(table.curve_ranks, axis) @ of_ranks
-        if gaps:
-            compared.append((row, gaps))
-    values = [gap for _, gaps in compared for gap in gaps.values()]
-    if len({len(gap) for gap in values}) != 1:
-        return []
-    intervals = iter(bootstrap_intervals(values).tolist())
-    return [
-        (row, {x: Difference(float(gap.mean()), *next(intervals)) for x, gap in gaps.items()})
-        for row, gaps in compared
-    ]
+        ours = {x: scores for x, scores in _columns(row, table).items() if x in theirs}
+        if ours:
+            compared.append((row, list(ours)))
+        for column, scores in ours.items():
+            means.append(scores.mean(axis=0) - theirs[column].mean(axis=0))
+            mine, other = scores.mean(axis=1), theirs[column].mean(axis=1)
+            apart.append(bool(mine.min() > other.max() or mine.max() < other.min()))
+    intervals = bootstrap_intervals(means).tolist() if means else []
+    found = (
+        Difference(float(mean.mean()), low, high, seeds)
+        for mean, (low, high), seeds in zip(means, intervals, apart, strict=True)
+    )
+    return [(row, {column: next(found) for column in columns}) for row, columns in compared]
 
 
-def _documents(curve: Curve, metric: Metric) -> dict[int, Scores]:
-    """By rank, the shown score of each document, mean over the seeds, where all seeds have it."""
-    found = {}
+def _columns(curve: Curve, table: RankTable) -> dict[Column, Scores]:
+    """By rank and axis, the shown scores (seeds, documents), where all seeds have them."""
+    found: dict[Column, Scores] = {}
     for rank, rows in curve.scored.items():
         scores = [scores for row in rows if (scores := _scores(row)) is not None]
-        if len(scores) == curve.seeds > 0 and len({len(x) for x in scores}) == 1:
-            found[rank] = np.array([metric.shown(x) for x in np.mean(scores, axis=0).tolist()])
+        if len(scores) == curve.seeds > 0:
+            found[rank] = np.array([[table.metric.shown(x) for x in seed] for seed in scores])
+    if curve.kind == "curve" and tuple(found) == table.curve_ranks:
+        of_ranks = np.stack(list(found.values()))
+        for axis in AXES:
+            found[axis] = np.tensordot(trapezoid_weights(table.curve_ranks, axis), of_ranks, 1)
     return found
 
 
-def _scores(row: Row) -> Scores | None:
+def _scores(row: Row) -> list[float] | None:
     """The documents' scores if the value is their mean; a perplexity, say, is not."""
     if row.scores is None or row.value is None:
         return None
-    scores = np.array(decode_scores(row.scores), dtype=np.float64)
-    is_mean = math.isclose(scores.mean(), row.value, rel_tol=1e-4, abs_tol=1e-6)
-    return scores if is_mean else None
+    scores = decode_scores(row.scores)
+    mean = sum(scores) / len(scores)
+    return scores if math.isclose(mean, row.value, rel_tol=1e-4, abs_tol=1e-6) else None

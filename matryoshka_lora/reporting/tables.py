@@ -13,7 +13,7 @@ from matryoshka_lora.files import write_atomically
 from matryoshka_lora.metrics import AXES, Axis
 from matryoshka_lora.records import Record
 from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, run_tables
-from matryoshka_lora.reporting.differences import Difference, differences, reference
+from matryoshka_lora.reporting.differences import Difference, differences, references
 
 _SHARED = ("model", "dataset", "R", "scaling")
 
@@ -233,8 +233,10 @@ def _grid(lines: Sequence[Sequence[str]]) -> str:
 
 def _compared(table: RankTable) -> list[str]:
     """Paragraphs: the differences from the reference, if there are any."""
-    base, found = reference(table), differences(table)
-    if base is None or not found:
+    bases, found = references(table), differences(table)
+    if len(bases) > 1:
+        return [f"No differences: there are {len(bases)} curves of {bases[0].method} svd."]
+    if not found:
         return []
     lines = [_header(table, table.curve_ranks)]
     for row, cells in found:
@@ -242,8 +244,9 @@ def _compared(table: RankTable) -> list[str]:
         numbers = ["" if cell is None else _interval(table, cell) for cell in columns]
         lines.append([_MARKDOWN.escape(text) for text in _names(table, row)] + numbers)
     return [
-        f"Minus {_MARKDOWN.escape(base.method)} {base.rule}, with the 95 % interval of a bootstrap "
-        "over the documents, seeds averaged before; bold where it excludes 0.",
+        f"Minus {_MARKDOWN.escape(bases[0].method)} svd (seeds: {bases[0].seeds}), with the 95 % "
+        "interval of a bootstrap over the documents for these seeds; others may differ by more. "
+        "Bold where it excludes 0 and no seed of one is among those of the other.",
         _grid(lines),
     ]
 
@@ -253,7 +256,7 @@ def _interval(table: RankTable, cell: Difference) -> str:
     # + 0.0 turns -0.0 into 0.0.
     mean, low, high = (round(x, digits) + 0.0 for x in (cell.mean, cell.low, cell.high))
     text = f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-    return _MARKDOWN.bold(text) if cell.clear else text
+    return _MARKDOWN.bold(text) if (low > 0 or high < 0) and cell.apart else text
 
 
 def _latex(table: RankTable) -> str:
