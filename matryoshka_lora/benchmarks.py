@@ -199,17 +199,15 @@ def write_table(
 
     A `+` behind the commit: tracked files differed from it.
     """
-    lines = [
-        {
-            **row,
-            "card": entry["device"]["name"],
+    lines: list[dict[str, Any]] = []
+    for key, entry in entries.items():
+        card, git = entry["device"]["name"], entry["git"]
+        origin = {
+            "card": card,
             "torch": entry["versions"]["torch"],
             "commit": "" if git is None else git["sha"][:7] + "+" * git["dirty"],
         }
-        for key, entry in entries.items()
-        for git in [entry["git"]]
-        for row in rows(key.removesuffix(f" on {entry['device']['name']}"), entry)
-    ]
+        lines += [row | origin for row in rows(key.removesuffix(f" on {card}"), entry)]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     write_atomically(folder / f"{benchmark}.md", f"{note}\n\n{table}\n".encode())
     return table

@@ -189,8 +189,8 @@ if triton is not None:
         x += tl.program_id(0).to(tl.int64) * WIDTH
         out += tl.program_id(0).to(tl.int64) * WIDTH
         # A sum in another order is another number now and then, so this is the order of torch's
-        # mean, for 16 rows or more of 128 to 8,160 numbers: a thread adds up every 32nd group of
-        # four numbers place by place, then its four sums, and last the warp those of its threads.
+        # mean, for 16 rows or more of 128 to 8,160 numbers, a multiple of 4: a thread adds up every
+        # 32nd group of four place by place, then its four sums, and last the warp its threads'.
         sums = tl.zeros((128,), tl.float32)
         for start in tl.static_range(0, WIDTH, 128):
             part = tl.load(x + start + column, start + column < WIDTH, 0.0).to(tl.float32)

@@ -46,9 +46,10 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
     one are left out, and so are values that are not the mean of documents' scores in the records,
     and all of a table whose values are over different documents.
     """
-    if len(references(table)) != 1 or len(table.documents) != 1:
+    bases = references(table)
+    if len(bases) != 1 or len(table.documents) != 1:
         return []
-    (base,) = references(table)
+    (base,) = bases
     theirs = _columns(base, table)
     compared: list[tuple[Curve, list[Column]]] = []
     means: list[Scores] = []

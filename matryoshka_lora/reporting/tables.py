@@ -235,16 +235,18 @@ def _compared(table: RankTable) -> list[str]:
     """Paragraphs: the differences from the reference, if there are any."""
     bases, found = references(table), differences(table)
     if len(bases) > 1:
-        return [f"No differences: there are {len(bases)} curves of {bases[0].method} svd."]
+        first = bases[0]
+        return [f"No differences: there are {len(bases)} curves of {first.method} {first.rule}."]
     if not found:
         return []
+    (base,) = bases
     lines = [_header(table, table.curve_ranks)]
     for row, cells in found:
         columns = [cells.get(column) for column in (*table.curve_ranks, *AXES)]
         numbers = ["" if cell is None else _interval(table, cell) for cell in columns]
         lines.append([_MARKDOWN.escape(text) for text in _names(table, row)] + numbers)
     return [
-        f"Minus {_MARKDOWN.escape(bases[0].method)} svd (seeds: {bases[0].seeds}), with the 95 % "
+        f"Minus {_MARKDOWN.escape(base.method)} {base.rule} (seeds: {base.seeds}), with the 95 % "
         "interval of a bootstrap over the documents for these seeds; others may differ by more. "
         "Bold where it excludes 0 and no seed of one is among those of the other.",
         _grid(lines),
