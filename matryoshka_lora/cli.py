@@ -12,7 +12,8 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from matryoshka_lora.config import Config, nearest
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.errors import nearest
 
 logger = logging.getLogger(__name__)
 

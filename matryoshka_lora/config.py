@@ -5,7 +5,6 @@ anything heavy starts and names what was given, what is allowed and what to do.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -16,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from matryoshka_lora.diagonals import SCALINGS, check_rank, check_train_ranks, powers_of_two
+from matryoshka_lora.core.diagonals import SCALINGS, check_rank, check_train_ranks, powers_of_two
+from matryoshka_lora.core.errors import nearest
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -149,12 +149,6 @@ def build_config(node: DictConfig) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """` (did you mean ...?)`, or nothing where no allowed name comes close."""
-    close = difflib.get_close_matches(given, list(allowed), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def parse_task(text: str) -> tuple[str, int]:

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka_lora.adapters import RULES, AdapterSpec, principal_factors
-from matryoshka_lora.config import Config, nearest
-from matryoshka_lora.diagonals import check_rank, prefix_diagonal, sub_rank_scale
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import RULES, AdapterSpec, principal_factors
+from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
+from matryoshka_lora.core.errors import nearest
 from matryoshka_lora.methods import adapter_spec_of
 from matryoshka_lora.models import (
     DTYPES,
@@ -32,7 +33,7 @@ from matryoshka_lora.models import (
     load_tokenizer,
     model_identity,
 )
-from matryoshka_lora.records import Record, read_record
+from matryoshka_lora.runs.record import Record, read_record
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.adapters import (
+from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash, short_name
+from matryoshka_lora.core.adapter import (
     adapter_parameters,
     adapter_spec,
     add_adapters,
@@ -25,8 +26,7 @@ from matryoshka_lora.adapters import (
     save_adapter,
     use_factors,
 )
-from matryoshka_lora.attention import packed_attention
-from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash, short_name
+from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.data import (
     Example,
     Split,
@@ -38,13 +38,11 @@ from matryoshka_lora.data import (
 from matryoshka_lora.data import (
     Record as DataRecord,
 )
-from matryoshka_lora.device import let_segments_grow
-from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.engine import Engine, Point
-from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine
+from matryoshka_lora.evaluation.engines.protocol import Engine, Point
 from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.files import write_atomically
 from matryoshka_lora.methods import adapter_spec_of, build_method
 from matryoshka_lora.models import (
     DTYPES,
@@ -55,7 +53,10 @@ from matryoshka_lora.models import (
     model_identity,
     source_of,
 )
-from matryoshka_lora.records import (
+from matryoshka_lora.ops.attention import packed_attention
+from matryoshka_lora.ops.device import let_segments_grow
+from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
+from matryoshka_lora.runs.record import (
     Record,
     Row,
     environment,
@@ -63,7 +64,6 @@ from matryoshka_lora.records import (
     read_record,
     write_record,
 )
-from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
 from matryoshka_lora.tracking import make_tracker
 from matryoshka_lora.training import batch_loss, fit
 from matryoshka_lora.training.plan import check_cut, steps_per_epoch, total_steps

@@ -19,8 +19,8 @@ from typing import Any, Literal, cast
 
 from matryoshka_lora.config import Config, short_name
 from matryoshka_lora.methods import build_method
-from matryoshka_lora.metrics import AXES, Axis, aurac
-from matryoshka_lora.records import Record, Row, RowKey
+from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
+from matryoshka_lora.runs.record import Record, Row, RowKey
 
 logger = logging.getLogger(__name__)
 

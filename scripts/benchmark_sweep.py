@@ -33,19 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-
-from matryoshka_lora.adapters import adapter_spec, load_adapter, use_factors
-from matryoshka_lora.benchmarks import (
+from benchmark_common import (
     SHAPES,
     fill_factors,
     gsm8k_lengths,
@@ -58,12 +46,25 @@ from matryoshka_lora.benchmarks import (
     synchronize,
     write_table,
 )
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
 from matryoshka_lora.cli import run_script
-from matryoshka_lora.config import Config, build_config, nearest, setting, validate
-from matryoshka_lora.diagonals import powers_of_two
-from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.engine import Engine, Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.hf import HFEngine, harness_lm
+from matryoshka_lora.config import Config, build_config, setting, validate
+from matryoshka_lora.core.adapter import adapter_spec, load_adapter, use_factors
+from matryoshka_lora.core.diagonals import powers_of_two
+from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
+from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES
@@ -75,7 +76,7 @@ from matryoshka_lora.pipeline import (
     load_tokenizer,
     make_accelerator,
 )
-from matryoshka_lora.records import read_record
+from matryoshka_lora.runs.record import read_record
 from matryoshka_lora.training.loop import peak_gib, reset_peak
 
 logger = logging.getLogger("matryoshka_lora.benchmark")

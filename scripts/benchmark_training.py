@@ -21,18 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import SequentialSampler
-from transformers import (
-    DataCollatorWithFlattening,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-
-from matryoshka_lora.adapters import add_adapters
-from matryoshka_lora.attention import PACKED
-from matryoshka_lora.benchmarks import (
+from benchmark_common import (
     SHAPES,
     fill_factors,
     gsm8k_lengths,
@@ -47,11 +36,22 @@ from matryoshka_lora.benchmarks import (
     training_flops,
     write_table,
 )
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import SequentialSampler
+from transformers import (
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
 from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
+from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.data import Example
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
+from matryoshka_lora.ops.attention import PACKED
 from matryoshka_lora.pipeline import make_accelerator
 from matryoshka_lora.training import fit
 from matryoshka_lora.training.loop import peak_gib, reset_peak

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.pipeline import RECORD, evaluate_run
-from matryoshka_lora.records import read_record
+from matryoshka_lora.runs.record import read_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ConfigStore.instance().store(name="schema", node=Config)

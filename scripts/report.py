@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from matryoshka_lora.records import find_records, read_record
 from matryoshka_lora.reporting import write_report
+from matryoshka_lora.runs.record import find_records, read_record
 
 
 def main() -> None:

@@ -41,10 +41,11 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome, Slot, find_slots, run_jobs
 from matryoshka_lora.cli import exit_with_one_line
-from matryoshka_lora.config import Config, nearest, run_folder, run_hash, validate
+from matryoshka_lora.config import Config, run_folder, run_hash, validate
+from matryoshka_lora.core.errors import nearest
 from matryoshka_lora.pipeline import RECORD, Inputs, finished_record, prepare
-from matryoshka_lora.records import Record, environment, find_records, read_record, write_record
 from matryoshka_lora.reporting import write_report
+from matryoshka_lora.runs.record import Record, environment, find_records, read_record, write_record
 from matryoshka_lora.training.plan import total_steps
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -5,7 +5,7 @@ import torch
 from conftest import TARGETS, small_llama
 from peft import LoraConfig, get_peft_model
 
-from matryoshka_lora.adapters import (
+from matryoshka_lora.core.adapter import (
     AdapterSpec,
     adapter_layers,
     adapter_parameters,
@@ -18,7 +18,7 @@ from matryoshka_lora.adapters import (
     set_diagonal,
     use_factors,
 )
-from matryoshka_lora.diagonals import matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 
 RANK = 8
 P = matryoshka_diagonal([1, 2, 4, 8], RANK, "none")

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from matryoshka_lora.attention import decode, packed, packed_attention, packed_inputs
-from matryoshka_lora.kernels import decode_attention
+from matryoshka_lora.ops.attention import decode, packed, packed_attention, packed_inputs
+from matryoshka_lora.ops.kernels import decode_attention
 
 SHAPE = {
     "vocab_size": 61,

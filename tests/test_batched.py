@@ -21,20 +21,25 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from matryoshka_lora.adapters import (
+from matryoshka_lora.core.adapter import (
     AdapterSpec,
     adapter_layers,
     add_adapters,
     diagonal,
     use_factors,
 )
-from matryoshka_lora.attention import packed_attention, packed_inputs
-from matryoshka_lora.diagonals import matryoshka_diagonal
+from matryoshka_lora.core.diagonals import matryoshka_diagonal
 from matryoshka_lora.evaluation import batched
-from matryoshka_lora.evaluation.batched import BatchedEngine, KeyShape, Probe, attention_agrees
-from matryoshka_lora.evaluation.engine import Output, Point, Request
-from matryoshka_lora.evaluation.hf import HFEngine
-from matryoshka_lora.graphs import Graphs
+from matryoshka_lora.evaluation.engines.batched.engine import (
+    BatchedEngine,
+    KeyShape,
+    Probe,
+    attention_agrees,
+)
+from matryoshka_lora.evaluation.engines.hf import HFEngine
+from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
+from matryoshka_lora.ops.attention import packed_attention, packed_inputs
+from matryoshka_lora.ops.graphs import Graphs
 
 RANK = 16  # the ranks below are computed with 8 rows of the factors, or with all
 TEXT = (

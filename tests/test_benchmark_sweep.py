@@ -8,19 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_common import fill_factors
 from conftest import TARGETS
 
-from matryoshka_lora.adapters import AdapterSpec, adapter_spec, add_adapters
-from matryoshka_lora.benchmarks import fill_factors
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, ModelConfig
-from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.engine import Output, Point, Request
-from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.core.adapter import AdapterSpec, adapter_spec, add_adapters
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine
+from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
 from matryoshka_lora.evaluation.sweep import plan_points
 from matryoshka_lora.models import load_model
 from matryoshka_lora.pipeline import run
-from matryoshka_lora.records import environment
+from matryoshka_lora.runs.record import environment
 
 CPU = torch.device("cpu")
 

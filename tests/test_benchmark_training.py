@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from benchmark_common import gsm8k_lengths, run_each, training_flops, write_table
 from conftest import ROOT, TARGETS, small_llama
 
-from matryoshka_lora.adapters import AdapterSpec, add_adapters
-from matryoshka_lora.benchmarks import gsm8k_lengths, run_each, training_flops, write_table
 from matryoshka_lora.cli import exit_with_one_line, run_script
+from matryoshka_lora.core.adapter import AdapterSpec, add_adapters
 from matryoshka_lora.data import Example
-from matryoshka_lora.records import environment
+from matryoshka_lora.runs.record import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_training as script  # noqa: E402

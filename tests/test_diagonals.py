@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from matryoshka_lora.diagonals import (
+from matryoshka_lora.core.diagonals import (
     lora_diagonal,
     matryoshka_diagonal,
     powers_of_two,

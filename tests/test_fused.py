@@ -20,9 +20,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from matryoshka_lora.adapters import AdapterSpec, adapter_layers, add_adapters, set_diagonal
+from matryoshka_lora.core.adapter import AdapterSpec, adapter_layers, add_adapters, set_diagonal
 from matryoshka_lora.evaluation import fused
-from matryoshka_lora.kernels import gated_silu, rms_norm, rotate
+from matryoshka_lora.ops.kernels import gated_silu, rms_norm, rotate
 
 SHAPE = {
     "vocab_size": 50,

@@ -5,14 +5,14 @@ import pytest
 import torch
 from test_training import factors, make_config, make_examples, make_model, relative, train
 
-from matryoshka_lora.adapters import adapter_parameters
-from matryoshka_lora.attention import packed_attention
+from matryoshka_lora.core.adapter import adapter_parameters
 from matryoshka_lora.data import Example, pack
-from matryoshka_lora.graphs import Graphs, cuda_capture
+from matryoshka_lora.data.loss import packed_batch, packed_loss
 from matryoshka_lora.methods import build_method
+from matryoshka_lora.ops.attention import packed_attention
+from matryoshka_lora.ops.graphs import Graphs, cuda_capture
 from matryoshka_lora.training import loop
 from matryoshka_lora.training.loop import packed_backward
-from matryoshka_lora.training.loss import packed_batch, packed_loss
 
 
 def test_a_row_is_filled_up_behind_its_documents():

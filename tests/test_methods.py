@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from matryoshka_lora.config import Config
-from matryoshka_lora.diagonals import matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 
 

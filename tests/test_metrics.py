@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from matryoshka_lora.metrics import aurac, bootstrap_intervals, trapezoid_weights
+from matryoshka_lora.reporting.aurac import aurac, bootstrap_intervals, trapezoid_weights
 
 
 def test_aurac_by_hand():

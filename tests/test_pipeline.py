@@ -19,7 +19,7 @@ from matryoshka_lora import pipeline
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.pipeline import RECORD, run
-from matryoshka_lora.records import read_record, write_record
+from matryoshka_lora.runs.record import read_record, write_record
 
 SMALL = ["adapter.rank=4", "trainer.max_steps=4", "eval.limit=6", "dataset.limit=100"]
 

@@ -79,10 +79,10 @@ from test_training import factors, make_config, make_examples, make_model
 from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from matryoshka_lora.adapters import at_rank
+from matryoshka_lora.core.adapter import at_rank
 from matryoshka_lora.methods import build_method
-from matryoshka_lora.evaluation.batched import BatchedEngine
-from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.config import Config

@@ -5,8 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from matryoshka_lora.records import find_records, read_record
 from matryoshka_lora.reporting import format_run_table, rank_tables, write_tables
+from matryoshka_lora.runs.record import find_records, read_record
 
 README = (ROOT / "README.md").read_text()
 

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from matryoshka_lora import records
-from matryoshka_lora.files import write_atomically
-from matryoshka_lora.records import (
+from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.runs.record import (
     Record,
     Row,
     decode_scores,

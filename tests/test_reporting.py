@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from matryoshka_lora.records import Record, Row, read_record, write_record
 from matryoshka_lora.reporting import (
     format_run_table,
     plot_tables,
@@ -21,6 +20,7 @@ from matryoshka_lora.reporting import (
 )
 from matryoshka_lora.reporting.differences import differences
 from matryoshka_lora.reporting.plots import _drawn
+from matryoshka_lora.runs.record import Record, Row, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
 

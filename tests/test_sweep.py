@@ -18,11 +18,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from matryoshka_lora.adapters import AdapterSpec, adapter_layers, at_rank
+from matryoshka_lora.core.adapter import AdapterSpec, adapter_layers, at_rank
 from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
-from matryoshka_lora.evaluation.engine import Output, Point, Request
-from matryoshka_lora.evaluation.hf import HFEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine
+from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
 from matryoshka_lora.evaluation.sweep import (
     AHEAD,
     Plan,
@@ -32,7 +32,7 @@ from matryoshka_lora.evaluation.sweep import (
     samples_path,
 )
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.records import Row, decode_scores
+from matryoshka_lora.runs.record import Row, decode_scores
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 RULES = ("prefix", "trained", "svd")

@@ -14,8 +14,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from matryoshka_lora.evaluation.engine import Output
-from matryoshka_lora.evaluation.hf import harness_lm
+from matryoshka_lora.evaluation.engines.hf import harness_lm
+from matryoshka_lora.evaluation.engines.protocol import Output
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks, loss_aggregate
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent

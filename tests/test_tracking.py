@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from matryoshka_lora.config import Config
-from matryoshka_lora.metrics import aurac
-from matryoshka_lora.records import Record, Row
+from matryoshka_lora.reporting.aurac import aurac
+from matryoshka_lora.runs.record import Record, Row
 from matryoshka_lora.tracking import Tracker, aurac_summary, make_tracker
 
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
-from matryoshka_lora.adapters import adapter_layers, adapter_parameters, add_adapters
-from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
 from matryoshka_lora.data import Example
-from matryoshka_lora.device import ALLOCATOR, let_segments_grow, to_host
 from matryoshka_lora.methods import adapter_spec_of, build_method
+from matryoshka_lora.ops.attention import packed_attention
+from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
 from matryoshka_lora.training import batch_loss, fit, loop
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
@@ -211,8 +211,8 @@ def test_another_documents_tokens_leave_a_documents_loss_bit_identical():
 
 def batch_loss_per_document(model, examples):
     """Sum of each document's label losses in one packed row."""
-    from matryoshka_lora.attention import packed_inputs
     from matryoshka_lora.data import pack
+    from matryoshka_lora.ops.attention import packed_inputs
 
     batch = pack(examples)
     logits = model(

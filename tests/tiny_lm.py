@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from matryoshka_lora.adapters import AdapterSpec, adapter_layers, add_adapters
-from matryoshka_lora.diagonals import matryoshka_diagonal
+from matryoshka_lora.core.adapter import AdapterSpec, adapter_layers, add_adapters
+from matryoshka_lora.core.diagonals import matryoshka_diagonal
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 THINGS = ("apples", "books", "coins", "drums", "eggs", "flags")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.config import DatasetConfig, nearest
+from matryoshka_lora.config import DatasetConfig
+from matryoshka_lora.core.errors import nearest
 from matryoshka_lora.data import arithmetic
+from matryoshka_lora.data.files import SUFFIXES, read_rows
 from matryoshka_lora.data.prompts import PROMPTS
-from matryoshka_lora.files import SUFFIXES, read_rows
 
 logger = logging.getLogger(__name__)
 

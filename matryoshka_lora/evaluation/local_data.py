@@ -7,7 +7,7 @@ import datasets
 import lm_eval.utils
 from jinja2 import meta
 
-from matryoshka_lora.files import SUFFIXES, read_rows
+from matryoshka_lora.data.files import SUFFIXES, read_rows
 
 
 def read_splits(

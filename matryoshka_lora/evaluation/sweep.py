@@ -25,9 +25,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.adapters import AdapterSpec, use_factors
-from matryoshka_lora.evaluation.engine import Engine, Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.hf import evaluation_mode, harness_lm
+from matryoshka_lora.core.adapter import AdapterSpec, use_factors
+from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
+from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.tasks import (
     Aggregate,
     EvalTask,
@@ -36,7 +36,7 @@ from matryoshka_lora.evaluation.tasks import (
     TaskGroup,
     loss_aggregate,
 )
-from matryoshka_lora.records import Row, encode_scores
+from matryoshka_lora.runs.record import Row, encode_scores
 
 logger = logging.getLogger(__name__)
 

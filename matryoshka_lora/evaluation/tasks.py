@@ -29,7 +29,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from matryoshka_lora.evaluation.definitions import Definition, definition, is_own
-from matryoshka_lora.evaluation.engine import Output, Request
+from matryoshka_lora.evaluation.engines.protocol import Output, Request
 from matryoshka_lora.evaluation.local_data import read_splits
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from matryoshka_lora.metrics import AXES, Axis, aurac
-from matryoshka_lora.records import RULES, Record, Row
+from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
+from matryoshka_lora.runs.record import RULES, Record, Row
 
 METHOD_LABELS = {
     "lora": "LoRA",

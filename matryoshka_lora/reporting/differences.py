@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka_lora.metrics import AXES, Axis, bootstrap_intervals, trapezoid_weights
-from matryoshka_lora.records import Row, decode_scores
+from matryoshka_lora.reporting.aurac import AXES, Axis, bootstrap_intervals, trapezoid_weights
 from matryoshka_lora.reporting.curves import Curve, RankTable
+from matryoshka_lora.runs.record import Row, decode_scores
 
 Scores = npt.NDArray[np.float64]
 Column = int | Axis

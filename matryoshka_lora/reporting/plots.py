@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from matryoshka_lora.files import write_atomically
+from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.curves import Curve, RankTable
 
 # Okabe and Ito's palette, told apart by all common kinds of colour vision; the marker repeats it.

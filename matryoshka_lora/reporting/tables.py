@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from matryoshka_lora.files import write_atomically
-from matryoshka_lora.metrics import AXES, Axis
-from matryoshka_lora.records import Record
+from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.reporting.aurac import AXES, Axis
 from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, run_tables
 from matryoshka_lora.reporting.differences import Difference, differences, references
+from matryoshka_lora.runs.record import Record
 
 _SHARED = ("model", "dataset", "R", "scaling")
 

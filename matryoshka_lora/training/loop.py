@@ -18,23 +18,23 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.adapters import adapter_parameters
-from matryoshka_lora.attention import packed_attention
 from matryoshka_lora.config import Config, TrainerConfig
+from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.data import Example
-from matryoshka_lora.device import to_host
-from matryoshka_lora.files import write_atomically
-from matryoshka_lora.graphs import Graphs
-from matryoshka_lora.methods import Method
-from matryoshka_lora.models import decoder_layers
-from matryoshka_lora.training.checkpoints import load_checkpoint, save_checkpoint
-from matryoshka_lora.training.loss import (
+from matryoshka_lora.data.loss import (
     batch_loss,
     label_loss,
     on_device,
     packed_batch,
     packed_loss,
 )
+from matryoshka_lora.methods import Method
+from matryoshka_lora.models import decoder_layers
+from matryoshka_lora.ops.attention import packed_attention
+from matryoshka_lora.ops.device import to_host
+from matryoshka_lora.ops.graphs import Graphs
+from matryoshka_lora.training.checkpoints import load_checkpoint, save_checkpoint
 from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
 
 logger = logging.getLogger(__name__)

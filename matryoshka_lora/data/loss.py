@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from matryoshka_lora.adapters import set_diagonal
-from matryoshka_lora.attention import packed_inputs
+from matryoshka_lora.core.adapter import set_diagonal
 from matryoshka_lora.data import Example, pack
-from matryoshka_lora.device import to_device
+from matryoshka_lora.ops.attention import packed_inputs
+from matryoshka_lora.ops.device import to_device
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 

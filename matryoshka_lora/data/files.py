@@ -1,7 +1,6 @@
-"""Local files: rows read with their place in the file, and writing that is never half done."""
+"""Rows of local files, each with its place in the file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +40,3 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not JSON at line {number}: {error.msg}") from error
     return rows
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data` so that no reader ever sees half of it; makes missing folders.
-
-    The temporary file lies in the same folder, because a rename is atomic only within one file
-    system. On an OSError (a full disk) the old file is untouched and the temporary one removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt, too, must not leave the temporary file
-            # With a file in the folder's place there is nothing to remove.
-            if temporary.parent.is_dir():
-                temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"cannot write {path} ({reason}); an older version of this "
-            "file, if there was one, is unchanged",
-        ) from error

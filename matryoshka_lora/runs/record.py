@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypedDict
 
-from matryoshka_lora.files import write_atomically
+from matryoshka_lora.core.files import write_atomically
 
 SCHEMA = 1
 RULES = ("base", "prefix", "trained", "svd")

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from matryoshka_lora.device import to_device
-from matryoshka_lora.kernels import AVAILABLE, decode_attention
+from matryoshka_lora.ops.device import to_device
+from matryoshka_lora.ops.kernels import AVAILABLE, decode_attention
 
 PACKED = "packed"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)

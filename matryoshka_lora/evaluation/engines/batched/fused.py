@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.adapters import adapter_layers, diagonal
-from matryoshka_lora.attention import FLASH_DTYPES
-from matryoshka_lora.kernels import AVAILABLE, gated_silu, rms_norm, rotate
+from matryoshka_lora.core.adapter import adapter_layers, diagonal
+from matryoshka_lora.ops.attention import FLASH_DTYPES
+from matryoshka_lora.ops.kernels import AVAILABLE, gated_silu, rms_norm, rotate
 
 logger = logging.getLogger(__name__)
 

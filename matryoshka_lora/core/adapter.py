@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from matryoshka_lora.diagonals import check_rank, prefix_diagonal
-from matryoshka_lora.files import write_atomically
+from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal
+from matryoshka_lora.core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

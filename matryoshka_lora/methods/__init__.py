@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka_lora.adapters import AdapterSpec
-from matryoshka_lora.config import Config, nearest
-from matryoshka_lora.diagonals import lora_diagonal, matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import AdapterSpec
+from matryoshka_lora.core.diagonals import lora_diagonal, matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.core.errors import nearest
 
 # Tells the random stream of the ranks from that of the batch order.
 RANK_STREAM = 1

@@ -21,11 +21,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.adapters import adapter_layers
 from matryoshka_lora.cli import environment_of_children
+from matryoshka_lora.core.adapter import adapter_layers
+from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.data import Example
-from matryoshka_lora.files import write_atomically
-from matryoshka_lora.records import environment
+from matryoshka_lora.runs.record import environment
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.adapters import diagonal
-from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
+from matryoshka_lora.core.adapter import diagonal
+from matryoshka_lora.evaluation.engines.protocol import Output, Outputs, Point, Request
 
 
 @contextmanager

@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.adapters import AdapterLinear, adapter_layers
-from matryoshka_lora.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
-from matryoshka_lora.device import to_device, to_host
-from matryoshka_lora.diagonals import powers_of_two
-from matryoshka_lora.evaluation.engine import Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.fused import fused
-from matryoshka_lora.evaluation.hf import evaluation_mode
-from matryoshka_lora.evaluation.stops import StopStrings
-from matryoshka_lora.graphs import Graphs
-from matryoshka_lora.kernels import AVAILABLE
+from matryoshka_lora.core.adapter import AdapterLinear, adapter_layers
+from matryoshka_lora.core.diagonals import powers_of_two
+from matryoshka_lora.evaluation.engines.batched.fused import fused
+from matryoshka_lora.evaluation.engines.batched.stops import StopStrings
+from matryoshka_lora.evaluation.engines.hf import evaluation_mode
+from matryoshka_lora.evaluation.engines.protocol import Output, Outputs, Point, Request
+from matryoshka_lora.ops.attention import FLASH_DTYPES, packed, packed_attention, packed_inputs
+from matryoshka_lora.ops.device import to_device, to_host
+from matryoshka_lora.ops.graphs import Graphs
+from matryoshka_lora.ops.kernels import AVAILABLE
 
 logger = logging.getLogger(__name__)
 

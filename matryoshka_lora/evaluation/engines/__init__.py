@@ -1,0 +1,1 @@
+"""What answers the sweep's requests."""

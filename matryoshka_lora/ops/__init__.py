@@ -1,0 +1,1 @@
+"""What the device does: attention, kernels, CUDA graphs, transfers."""
