@@ -27,17 +27,10 @@ from matryoshka_lora.core.adapter import (
     use_factors,
 )
 from matryoshka_lora.core.files import write_atomically
-from matryoshka_lora.data import (
-    Example,
-    Split,
-    fingerprint,
-    load_records,
-    split_validation,
-    tokenize,
-)
-from matryoshka_lora.data import (
-    Record as DataRecord,
-)
+from matryoshka_lora.data.examples import Example, tokenize
+from matryoshka_lora.data.loss import batch_loss
+from matryoshka_lora.data.records import Record as DataRecord
+from matryoshka_lora.data.records import Split, fingerprint, load_records, split_validation
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Engine, Point
@@ -65,8 +58,8 @@ from matryoshka_lora.runs.record import (
     write_record,
 )
 from matryoshka_lora.tracking import make_tracker
-from matryoshka_lora.training import batch_loss, fit
-from matryoshka_lora.training.plan import check_cut, steps_per_epoch, total_steps
+from matryoshka_lora.training.loop import fit
+from matryoshka_lora.training.plan import check_effective_batch, steps_per_epoch, total_steps
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +114,9 @@ def is_trained(folder: Path, record: Record) -> bool:
 def run(config: Config) -> Record | None:
     """Do what is missing of the run and return its record (None but on the main process)."""
     accelerator = make_accelerator()
-    check_cut(config.trainer.effective_batch, accelerator.num_processes, config.trainer.micro_batch)
+    check_effective_batch(
+        config.trainer.effective_batch, accelerator.num_processes, config.trainer.micro_batch
+    )
     inputs = prepare(config)
     folder, main = inputs.folder, accelerator.is_main_process
     record = None if config.trainer.dry_run else finished_record(config, inputs)

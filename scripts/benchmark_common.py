@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from matryoshka_lora.cli import environment_of_children
 from matryoshka_lora.core.adapter import adapter_layers
 from matryoshka_lora.core.files import write_atomically
-from matryoshka_lora.data import Example
+from matryoshka_lora.data.examples import Example
 from matryoshka_lora.runs.record import environment
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, run_script
 from matryoshka_lora.core.adapter import AdapterSpec, add_adapters
-from matryoshka_lora.data import Example
+from matryoshka_lora.data.examples import Example
 from matryoshka_lora.runs.record import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
