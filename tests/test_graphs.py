@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_training import factors, make_config, make_examples, make_model, relative, train
 
+from matryoshka_lora.config import build_method
 from matryoshka_lora.core.adapter import adapter_parameters
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import packed_batch, packed_loss
 from matryoshka_lora.data.packing import pack
-from matryoshka_lora.methods import build_method
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.graphs import Graphs, cuda_capture
 from matryoshka_lora.training import forwards

@@ -1,6 +1,7 @@
 """The loop: cutting a batch, packing it, resuming and freezing do not change the mathematics."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -12,22 +13,22 @@ from accelerate import Accelerator
 from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
-from matryoshka_lora.methods import adapter_spec_of, build_method
+from matryoshka_lora.methods import Hooks
+from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
-from matryoshka_lora.training import gradients, loop
+from matryoshka_lora.training import gradients
 from matryoshka_lora.training.checkpoints import (
     OPTIMIZER_STATE,
     TrainingState,
     newest_checkpoint,
     save_checkpoint,
 )
-from matryoshka_lora.training.hooks import FrozenRows, Hooks
 from matryoshka_lora.training.loop import fit
 from matryoshka_lora.training.plan import (
     batch_ids,
@@ -65,24 +66,22 @@ def make_model(config, dtype=torch.float32, fill_B=False):
     return model
 
 
-def train(folder, config, model=None, examples=None):
+def train(folder, config, model=None, examples=None, hooks=None):
     model = make_model(config) if model is None else model
+    method = build_method(config)
+    if hooks is not None:
+        method = dataclasses.replace(method, hooks=hooks)
     folder.mkdir(parents=True, exist_ok=True)
     summary = fit(
         model,
         examples or make_examples(),
-        build_method(config),
+        method,
         config,
         folder,
         Accelerator(cpu=True),
     )
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     return model, rows, summary
-
-
-def use_hooks(monkeypatch, make):
-    """Have the loop use `make(method)` for the method's hooks."""
-    monkeypatch.setattr(loop, "hooks_of", make)
 
 
 def factors(model):
@@ -175,7 +174,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(method, device):
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) >= 0.999
 
 
-def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path, monkeypatch):
+def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path):
     seen = []
 
     class Recorder(Hooks):
@@ -185,12 +184,12 @@ def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path, monkeypatch)
         def after_backward(self, step, choice):
             seen.append(torch.cat([p.grad.flatten().clone() for p in self.parameters.values()]))
 
-    use_hooks(monkeypatch, lambda method: Recorder())
     for index, options in enumerate(
         [{}, {"micro_batch": 1}, {"micro_batch": 2}, {"micro_batch": 4, "packed": False}]
     ):
         config = make_config("nested_dropout", max_steps=1, clip_norm=1e9, **options)
-        train(tmp_path / str(index), config, make_model(config, torch.float64, fill_B=True))
+        model = make_model(config, torch.float64, fill_B=True)
+        train(tmp_path / str(index), config, model, hooks=Recorder())
     assert len(seen) == 4
     for grads in seen[1:]:
         assert relative(grads, seen[0]) < 1e-9
@@ -451,7 +450,7 @@ def test_updates_equal_torchs_adamw_and_clipping(tmp_path):
     assert relative(factors(ours), factors(model)) < 1e-4
 
 
-def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path, monkeypatch):
+def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path):
     """Values and moments of the other rows stay, though AdamW would decay and carry them on."""
     config = make_config("dylora", max_steps=12, weight_decay=0.5)
     config.method.frozen = True
@@ -481,14 +480,14 @@ def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path, monkeypatch):
                     assert not moved[: self.live[0]].any() and not moved[self.live[1] :].any()
                     assert moved[self.live[0] : self.live[1]].any()
 
-    use_hooks(monkeypatch, lambda method: Checked(method.ranks))
-    train(tmp_path, config, make_model(config, fill_B=True))
+    model = make_model(config, fill_B=True)
+    train(tmp_path, config, model, hooks=Checked(method.ranks))
     expected = [method.choose(config.seed, step, 8, None)[0] for step in range(12)]
     assert seen == [(ranks[chosen], ranks[chosen + 1]) for chosen in expected]
     assert len(set(seen)) > 1
 
 
-def test_hooks_are_called_in_order_and_resume_with_their_state(tmp_path, monkeypatch):
+def test_hooks_are_called_in_order_and_resume_with_their_state(tmp_path):
     """A penalty, and a state that grows with every step, are bitwise those of one training."""
 
     class Decay(Hooks):
@@ -528,14 +527,11 @@ def test_hooks_are_called_in_order_and_resume_with_their_state(tmp_path, monkeyp
 
     config = make_config("nested_dropout", max_steps=9, save_every=2, clip_norm=0.5)
     whole, killed, resumed = Decay(), Decay(die_after=5), Decay()
-    use_hooks(monkeypatch, lambda method: whole)
-    reference, rows, _ = train(tmp_path / "whole", config)
+    reference, rows, _ = train(tmp_path / "whole", config, hooks=whole)
     assert whole.calls == ["penalty", "after_backward", "after_update"] * 9 and whole.total > 0
-    use_hooks(monkeypatch, lambda method: killed)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", config)
-    use_hooks(monkeypatch, lambda method: resumed)
-    again, again_rows, _ = train(tmp_path / "killed", config)
+        train(tmp_path / "killed", config, hooks=killed)
+    again, again_rows, _ = train(tmp_path / "killed", config, hooks=resumed)
     assert len(resumed.calls) == 3 * (9 - 4)
     assert torch.equal(factors(again), factors(reference))
     assert torch.equal(resumed.total, whole.total)

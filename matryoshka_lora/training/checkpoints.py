@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.training.hooks import Hooks
+from matryoshka_lora.methods import Hooks
 
 logger = logging.getLogger(__name__)
 

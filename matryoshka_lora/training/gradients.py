@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
+from matryoshka_lora.core.layer import RANK_AXIS
 
 Parameters = Mapping[str, nn.Parameter]
 

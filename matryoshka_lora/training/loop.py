@@ -28,7 +28,6 @@ from matryoshka_lora.training.gradients import (
     rank_square_norms,
     sum_over_processes,
 )
-from matryoshka_lora.training.hooks import hooks_of
 from matryoshka_lora.training.plan import batch_ids, check_effective_batch, total_steps
 from matryoshka_lora.training.step_log import StepLog
 
@@ -67,7 +66,7 @@ def fit(
         weight_decay=settings.weight_decay,
         fused=device.type == "cuda",
     )
-    hooks = hooks_of(method)
+    hooks = method.hooks
     hooks.start(parameters, optimizer, steps)
     state = TrainingState(parameters, optimizer, hooks)
     checkpoints = Checkpoints(
