@@ -22,13 +22,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from matryoshka_lora.core.adapter import (
-    AdapterSpec,
     adapter_layers,
+    adapter_spec,
     add_adapters,
     diagonal,
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
+from matryoshka_lora.core.rules import read
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.batched import attention_trial
 from matryoshka_lora.evaluation.engines.batched import engine as batched
@@ -96,19 +98,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
 
 
-def build(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> PreTrainedModel:
+def build(
+    tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, gated: bool = False
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config.vocab_size = len(tokenizer)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     p_full = matryoshka_diagonal([1, 2, RANK], RANK, "none")
-    spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False)
+    spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False, gated=gated)
     linear = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = [name for name in ("q_proj", "v_proj", "o_proj", "down_proj") if name in linear]
     add_adapters(model, spec, targets)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.4)
+        if gated:
+            torch.nn.init.uniform_(layer.lora_gate, 0.2, 2)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.double()
 
@@ -123,12 +129,12 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
-    spec: AdapterSpec = model.adapter_spec
+    spec: AdapterSpec = adapter_spec(model)
     pairs = [(rank, rule) for rank in (1, 2, RANK) for rule in ("prefix", "trained")]
     if factors == "svd":
         pairs = [(rank, "svd") for rank in (1, 2, 3)]
     return [Point(0, "base", factors, torch.zeros(RANK))] + [
-        Point(rank, rule, factors, spec.diagonal(rank, rule)[1]) for rank, rule in pairs
+        Point(rank, rule, factors, read(spec, rank, rule).p) for rank, rule in pairs
     ]
 
 
@@ -312,6 +318,14 @@ def test_parameters_are_narrowed_along_their_rank(model: PreTrainedModel) -> Non
     for layer, data, own in zip(layers, before, p, strict=True):
         assert all(torch.equal(getattr(layer, role), x) for role, x in data.items())
         assert layer.lora_A.dtype == torch.float64 and layer.p is own
+
+
+def test_each_layer_multiplies_its_gate(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(tokenizer, llama(), gated=True)
+    requests = [generation(tokenizer, i, text, [], 9) for i, text in enumerate(prompts(3))]
+    requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(3))]
+    jobs = [(point, request) for point in points(model) for request in requests]
+    check(model, tokenizer, jobs)
 
 
 def test_groups_leave_their_queue_when_they_are_started(

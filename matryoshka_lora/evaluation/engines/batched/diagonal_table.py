@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka_lora.core.adapter import AdapterLinear
 from matryoshka_lora.core.diagonals import powers_of_two
+from matryoshka_lora.core.layer import AdapterLinear
 from matryoshka_lora.evaluation.engines.protocol import Point
 
 MIN_RANK = 8

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.engines.batched.decode_state import DecodeState
 from matryoshka_lora.evaluation.engines.batched.diagonal_table import DiagonalTable
-from matryoshka_lora.evaluation.engines.batched.factors import Factors, compute_factors
+from matryoshka_lora.evaluation.engines.batched.factors import ComputeFactors, compute_factors
 from matryoshka_lora.evaluation.engines.batched.fused import fused
 from matryoshka_lora.evaluation.engines.batched.kv_cache import KVCache
 from matryoshka_lora.evaluation.engines.batched.model_runner import ModelRunner, greedy
@@ -171,7 +171,7 @@ class Run:
     """One `BatchedEngine.run`: launches what the scheduler says and reads the results in order."""
 
     def __init__(
-        self, engine: BatchedEngine, factors: Factors, jobs: Sequence[tuple[Point, Request]]
+        self, engine: BatchedEngine, factors: ComputeFactors, jobs: Sequence[tuple[Point, Request]]
     ) -> None:
         self.engine, self.model = engine, engine.model
         self.device = engine.model.device

@@ -6,13 +6,11 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from matryoshka_lora.core.adapter import AdapterLinear, adapter_layers
-
-RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
-"""Parameters of a layer by their role -> the axis of the rank."""
+from matryoshka_lora.core.adapter import adapter_layers, layer_parameters
+from matryoshka_lora.core.layer import RANK_AXIS, AdapterLinear
 
 
-class Factors:
+class ComputeFactors:
     """The parameters of all adapter layers, which can be narrowed to their leading ranks.
 
     Factors are in the dtype of the computation, so that no forward casts them; they are rounded
@@ -23,18 +21,17 @@ class Factors:
     def __init__(self, layers: Sequence[AdapterLinear], dtype: torch.dtype) -> None:
         self.layers = layers
         found = [
-            (parameter, role, axis)
+            (parameter, role)
             for layer in layers
-            for role, axis in RANK_AXIS.items()
-            if (parameter := getattr(layer, role, None)) is not None
+            for role, parameter in layer_parameters(layer).items()
         ]
-        self.gated = any(role == "lora_gate" for _, role, _ in found)
+        self.gated = any(role == "lora_gate" for _, role in found)
         """Whether some layer multiplies its diagonal by a gate."""
-        self._axes = [(parameter, axis) for parameter, _, axis in found]
-        self._before = [parameter.data for parameter, _, _ in found]
+        self._axes = [(parameter, RANK_AXIS[role]) for parameter, role in found]
+        self._before = [parameter.data for parameter, _ in found]
         self._whole = [
             parameter.data if role == "lora_gate" else parameter.data.to(dtype)
-            for parameter, role, _ in found
+            for parameter, role in found
         ]
         self._rank: int | None = None
         """To which the parameters are narrowed now."""
@@ -63,11 +60,11 @@ class Factors:
 
 
 @contextmanager
-def compute_factors(model: PreTrainedModel) -> Iterator[Factors]:
-    """`Factors` of the model for a block, after which factors and diagonals are what they were."""
+def compute_factors(model: PreTrainedModel) -> Iterator[ComputeFactors]:
+    """`ComputeFactors` for a block, after which factors and diagonals are as they were."""
     layers = list(adapter_layers(model).values())
     diagonals = [layer.p for layer in layers]
-    factors = Factors(layers, model.dtype)
+    factors = ComputeFactors(layers, model.dtype)
     try:
         factors.widen()
         yield factors

@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 from matryoshka_lora.evaluation.engines.batched.attention_trial import attention_agrees
 from matryoshka_lora.evaluation.engines.batched.decode_state import DecodeState
 from matryoshka_lora.evaluation.engines.batched.diagonal_table import DiagonalTable
-from matryoshka_lora.evaluation.engines.batched.factors import Factors
+from matryoshka_lora.evaluation.engines.batched.factors import ComputeFactors
 from matryoshka_lora.evaluation.engines.batched.kv_cache import KVCache, kv_shapes
 from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 
@@ -18,7 +18,9 @@ from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 class ModelRunner:
     """Runs the model with the diagonals of a table and the factors narrowed to what they read."""
 
-    def __init__(self, model: PreTrainedModel, factors: Factors, table: DiagonalTable) -> None:
+    def __init__(
+        self, model: PreTrainedModel, factors: ComputeFactors, table: DiagonalTable
+    ) -> None:
         self.model, self.factors, self.table = model, factors, table
         table.apply(table.zeros(1))
         self.kv_shapes = kv_shapes(model)
