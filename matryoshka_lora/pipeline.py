@@ -34,9 +34,8 @@ from matryoshka_lora.data.examples import Example, tokenize
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.records import Record as DataRecord
 from matryoshka_lora.data.records import Split, fingerprint, load_records, split_validation
-from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
-from matryoshka_lora.evaluation.engines.hf import HFEngine
-from matryoshka_lora.evaluation.engines.protocol import Engine, Point
+from matryoshka_lora.evaluation.engines import make_engine
+from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import (
@@ -321,19 +320,6 @@ def _write_own_data(dataset: str, folder: Path) -> None:
         write_atomically(folder / f"{split}.jsonl", text.encode())
 
 
-def make_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lockstep: bool
-) -> Engine:
-    """The engine that `eval.engine` names. lockstep: the base is sharded over the processes."""
-    if config.eval.engine == "hf":
-        return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
-    graphs = config.eval.cuda_graphs
-    engine = BatchedEngine(model, tokenizer, cuda_graphs=graphs, lockstep=lockstep)
-    if graphs and not engine.cuda_graphs:
-        logger.info("eval.cuda_graphs has no effect: it needs a GPU and an unsharded model")
-    return engine
-
-
 def evaluate(
     config: Config,
     model: PreTrainedModel,
@@ -376,7 +362,14 @@ def evaluate(
             tokenizer,
             tasks,
             plan,
-            make_engine(config, model, tokenizer, sharded),
+            make_engine(
+                config.eval.engine,
+                model,
+                tokenizer,
+                batch_size=config.eval.batch_size,
+                cuda_graphs=config.eval.cuda_graphs,
+                lockstep=sharded,
+            ),
             folder / "samples",
             identity=record.run_hash,
             processes=accelerator,
