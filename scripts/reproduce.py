@@ -45,7 +45,8 @@ from matryoshka_lora.config import Config, run_folder, run_hash, validate
 from matryoshka_lora.core.errors import nearest
 from matryoshka_lora.pipeline import RECORD, Inputs, finished_record, prepare
 from matryoshka_lora.reporting import write_report
-from matryoshka_lora.runs.record import Record, environment, find_records, read_record, write_record
+from matryoshka_lora.runs.provenance import environment
+from matryoshka_lora.runs.record import Record, find_records, read_record, write_record
 from matryoshka_lora.training.plan import total_steps
 
 ConfigStore.instance().store(name="schema", node=Config)
