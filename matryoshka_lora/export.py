@@ -1,8 +1,8 @@
 """A sub-rank of a finished run as a plain PEFT adapter, or merged into the base weights.
 
-Both need nothing of this package to be read. A sub-rank of a nested adapter is a LoRA of that rank:
-its first r rows and columns and one number, which PEFT writes as `lora_alpha` over r (or over
-sqrt(r)). Where the diagonal is not one number it is folded into A.
+Both can be read without this package. A sub-rank of a nested adapter is a LoRA of that rank: the
+first r rows of A, the first r columns of B and one number, which PEFT writes as `lora_alpha` over r
+(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it.
 """
 
 import dataclasses
@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from matryoshka_lora.config import Config
-from matryoshka_lora.core.adapter import RULES, AdapterSpec, principal_factors
+from matryoshka_lora.core.adapter import RULES, principal_factors
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import nearest
-from matryoshka_lora.methods import adapter_spec_of
+from matryoshka_lora.load_run import TrainedRun, check_base, read_factors
 from matryoshka_lora.models import (
     DTYPES,
     EMBEDDED,
     PROVENANCE,
     load_model,
     load_tokenizer,
-    model_identity,
 )
-from matryoshka_lora.runs.record import Record, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +43,6 @@ PEFT_SCALE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """What a finished training left: `factors` maps a layer's name to (A (R, in), B (out, R))."""
-
-    folder: Path
-    config: Config
-    record: Record
-    spec: AdapterSpec
-    factors: dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
 class SubRank:
     """The update `scale * B A` of each layer: A (r, in), B (out, r), one scale for all of them."""
 
@@ -66,40 +51,11 @@ class SubRank:
     """Which `s_r` the scale is: "none", "sqrt" or "rank"."""
 
 
-def read_run(folder: Path, model_path: str | None = None) -> TrainedRun:
-    """Read the record and the factors of a run's folder.
-
-    model_path: the base model's folder, where the recorded one is on another machine.
-    Raises ValueError if the run is not there, has not finished training, or is not whole.
-    """
-    if not (folder / "record.json").is_file():
-        raise ValueError(f"run={folder} holds no record.json, so it is no folder of a run")
-    record = read_record(folder / "record.json")
-    path = folder / "adapter.safetensors"
-    if record.status == "training" or not path.is_file():
-        raise ValueError(
-            f"run={folder} has not finished training (status {record.status}, "
-            f"{path.name} {'there' if path.is_file() else 'missing'}); run its command again first"
-        )
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record.config))
-    assert isinstance(config, Config)
-    if model_path is not None:
-        config.model.path = model_path
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an adapter: {error}") from error
-    layers = sorted({name.rpartition(".")[0] for name in state})
-    expected = {f"{layer}.{factor}" for layer in layers for factor in ("lora_A", "lora_B")}
-    if not layers or state.keys() != expected:
-        raise ValueError(f"{path} does not hold lora_A and lora_B of each of its layers")
-    factors = {layer: (state[f"{layer}.lora_A"], state[f"{layer}.lora_B"]) for layer in layers}
-    return TrainedRun(folder, config, record, adapter_spec_of(config), factors)
-
-
 def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
-    """The factors that `rule` reads at `rank`, in float32. Raises ValueError for unknown ones."""
+    """The factors that `rule` reads at `rank`, in float32.
+
+    Raises ValueError for an unknown rank or rule, and where the adapter file is not the run's.
+    """
     if rule not in RULES:
         raise ValueError(
             f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
@@ -112,15 +68,17 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         logger.warning(
             "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
         )
-    factor_set, p = run.spec.diagonal(rank, rule)
+    spec = run.spec
+    factor_set, p = spec.diagonal(rank, rule)
     p = p[:rank]
-    # One number at every row is a scale of PEFT's; anything else goes into A.
+    # One number on the whole diagonal is a scale of PEFT's; anything else goes into A.
     exact = (name for name in PEFT_SCALE if torch.equal(p, prefix_diagonal(rank, rank, name)))
     scaling = next(exact, None)
-    factors = {}
-    for name, (A, B) in run.factors.items():
+    trained, factors = read_factors(run), {}
+    for name in sorted({parameter.rpartition(".")[0] for parameter in trained}):
+        A, B = trained[f"{name}.lora_A"], trained[f"{name}.lora_B"]
         if factor_set == "svd":
-            A, B = principal_factors(A, B, torch.tensor(run.spec.p_full))
+            A, B = principal_factors(A, B, torch.tensor(spec.p_full))
         A = A[:rank] if scaling is not None else A[:rank] * p[:, None]
         # Copies: a slice of B is not contiguous, and safetensors refuses views of one tensor.
         factors[name] = (A.contiguous().clone(), B[:, :rank].contiguous().clone())
@@ -128,8 +86,9 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
 
 
 def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
-    """Whether training visited this sub-rank; None for svd, where every rank is valid."""
-    return None if rule == "svd" else rank in run.config.train_ranks
+    """Whether the rank is in S; None where the rule reads the SVD, which is valid at every rank."""
+    factor_set, _ = run.spec.diagonal(rank, rule)
+    return None if factor_set == "svd" else rank in run.config.train_ranks
 
 
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
@@ -185,7 +144,7 @@ def export_merged(
     read = sub_rank(run, rank, rule)
     with _new_folder(out) as folder:
         tokenizer = load_tokenizer(run.config.model)
-        _check_base(run)
+        check_base(run)
         model = load_model(run.config.model, torch.device(device))
         scale = sub_rank_scale(rank, read.scaling)
         for name, (A, B) in read.factors.items():
@@ -206,19 +165,6 @@ def _base_of(config: Config) -> str:
     if config.model.path is not None:
         return config.model.path
     return str(EMBEDDED) if config.model.name == "tiny" else config.model.name
-
-
-def _check_base(run: TrainedRun) -> None:
-    """Raises ValueError if what tells base models apart differs from what the run recorded."""
-    now = model_identity(run.config.model)
-    for key in ("config_sha256", "weights_sha256", "revision"):
-        before = run.record.model.get(key)
-        if None not in (before, now[key]) and before != now[key]:
-            raise ValueError(
-                f"the base model {_base_of(run.config)} is not the one that run={run.folder} was "
-                f"trained on: {key} is {now[key]}, the record says {before}; give the right one "
-                "with model_path=FOLDER"
-            )
 
 
 def _check_untied(model: nn.Module, name: str) -> None:

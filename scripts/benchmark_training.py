@@ -52,7 +52,7 @@ from matryoshka_lora.data import Example
 from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
-from matryoshka_lora.pipeline import make_accelerator
+from matryoshka_lora.processes import make_accelerator
 from matryoshka_lora.training import fit
 from matryoshka_lora.training.loop import peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids

@@ -4,12 +4,17 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -28,9 +33,11 @@ from matryoshka_lora.core.adapter import (
     load_adapter,
     save_adapter,
 )
-from matryoshka_lora.export import export_merged, export_peft, read_run
+from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.load_run import adapter_metadata, check_base, load_run, read_run
 from matryoshka_lora.methods import adapter_spec_of
 from matryoshka_lora.models import model_identity
+from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +84,9 @@ def make_run(
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(folder / "adapter.safetensors", model, {})
+    identity = model_identity(config.model)
+    metadata = adapter_metadata(config, identity, "01234567")
+    save_adapter(RunFolder(folder).adapter, model, metadata)
     record = Record(
         status="finished",
         name=f"{method}-r{RANK}-{scaling}",
@@ -86,10 +95,11 @@ def make_run(
         git=None,
         versions={},
         device={},
-        model=model_identity(config.model),
+        model=identity,
         data={},
+        training={"steps": 1},
     )
-    write_record(folder / "record.json", record)
+    write_record(RunFolder(folder).record, record)
     return folder
 
 
@@ -223,7 +233,7 @@ def test_run_that_cannot_be_exported(tmp_path: Path, base: Path) -> None:
         read_run(tmp_path)
     folder = make_run(tmp_path / "run", base, "lora", "none")
     record = read_record(folder / "record.json")
-    write_record(folder / "record.json", dataclasses.replace(record, status="training"))
+    write_record(folder / "record.json", dataclasses.replace(record, training=None))
     with pytest.raises(ValueError, match="has not finished training"):
         read_run(folder)
     write_record(folder / "record.json", record)
@@ -233,6 +243,88 @@ def test_run_that_cannot_be_exported(tmp_path: Path, base: Path) -> None:
     (folder / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match="has not finished training"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": "8"}, "rank is 8 in the adapter and 6 in the record"),
+        ({"train_ranks": "[1, 6]"}, r"train_ranks is \[1, 6\] in the adapter and \[1, 2, 4\]"),
+        ({"method": "lora"}, "method is lora in the adapter and matryoshka"),
+        ({"scaling": "sqrt"}, "scaling is sqrt in the adapter and none"),
+        ({"run_hash": "76543210"}, "run_hash is 76543210 in the adapter and 01234567"),
+        ({"p_full": "[1.0]"}, "p_full is"),
+        (None, "run_hash is not given in the adapter"),
+    ],
+)
+def test_adapter_of_another_run_is_refused(
+    tmp_path: Path, base: Path, change: dict[str, str] | None, message: str
+) -> None:
+    folder = RunFolder(make_run(tmp_path / "run", base, "matryoshka", "none"))
+    with safe_open(folder.adapter, framework="pt") as file:
+        metadata = {} if change is None else file.metadata() | change
+    save_file(load_file(folder.adapter), folder.adapter, metadata)
+    for read in (read_run, load_run):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(folder.path)
+        assert str(folder.adapter) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, factor: {name: factor.fill_(math.nan)}, "{name} holds NaN or infinity"),
+        (lambda name, factor: {name: factor[:4]}, "{name} has (rank|shape)"),
+        (lambda name, factor: {}, "(does not hold lora_A and lora_B|does not fit the model)"),
+        (
+            lambda name, factor: {name: factor, f"{name}_gate": factor},
+            "(does not hold lora_A and lora_B|does not fit the model)",
+        ),
+    ],
+)
+def test_damaged_factors_are_refused_by_name(
+    tmp_path: Path, base: Path, change: Callable[..., dict[str, Tensor]], message: str
+) -> None:
+    folder = RunFolder(make_run(tmp_path / "run", base, "matryoshka", "none"))
+    with safe_open(folder.adapter, framework="pt") as file:
+        metadata = file.metadata()
+    factors = load_file(folder.adapter)
+    name = "model.layers.1.self_attn.v_proj.lora_A"
+    factors |= change(name, factors.pop(name))
+    save_file(factors, folder.adapter, metadata)
+    run = read_run(folder.path)
+    for read in (
+        lambda: export_peft(run, 2, "prefix", tmp_path / "out"),
+        lambda: export_merged(run, 2, "svd", tmp_path / "out"),
+        lambda: load_run(folder.path),
+    ):
+        with pytest.raises(ValueError, match=message.format(name=name)):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_is_loaded_and_read_at_a_rank(tmp_path: Path, base: Path, run: Path) -> None:
+    loaded = load_run(run)
+    expected = adapted(read_run(run).config, base)
+    load_adapter(RunFolder(run).adapter, expected)
+    with at_rank(loaded.model, 2, "svd"), at_rank(expected, 2, "svd"):
+        assert torch.equal(logits(loaded.model), logits(expected))
+    assert loaded.tokenizer("w3")["input_ids"] == [3]
+    copy = shutil.copytree(base, tmp_path / "elsewhere")
+    moved = load_run(run, model_path=str(copy))
+    assert torch.equal(logits(moved.model), logits(loaded.model))
+
+
+def test_hub_model_is_read_at_the_recorded_revision(
+    run: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = read_run(run)
+    trained.record.model["revision"] = "0123abc"
+    check_base(trained)  # a local folder in place of the hub's model
+    assert f"taking {base} for a copy" in caplog.text
+    trained.config.model.path = None
+    check_base(trained)
+    assert trained.config.model.revision == "0123abc"
 
 
 def test_another_base_model_is_refused(tmp_path: Path, base: Path, run: Path) -> None:
