@@ -277,7 +277,7 @@ def test_adapter_of_another_run_is_refused(
         (lambda name, factor: {name: factor[:4]}, "{name} has (rank|shape)"),
         (lambda name, factor: {}, "(does not hold lora_A and lora_B|does not fit the model)"),
         (
-            lambda name, factor: {name: factor, f"{name}_gate": factor},
+            lambda name, factor: {name: factor, f"{name}_gate": factor.clone()},
             "(does not hold lora_A and lora_B|does not fit the model)",
         ),
     ],
