@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, run_hash, short_name
+from matryoshka_lora.config import Config, build_method, run_hash, short_name
 from matryoshka_lora.data import (
     Example,
     fingerprint,
@@ -17,7 +17,6 @@ from matryoshka_lora.data import (
 from matryoshka_lora.data import (
     Record as DataRecord,
 )
-from matryoshka_lora.methods import build_method
 from matryoshka_lora.models import EMBEDDED, load_tokenizer, model_identity, source_of
 from matryoshka_lora.runs.folder import run_path
 

@@ -14,9 +14,10 @@ from accelerate.utils import DistributedType
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config
-from matryoshka_lora.core.adapter import adapter_spec, save_adapter, use_factors
+from matryoshka_lora.config import Config, build_method, wanted_points
+from matryoshka_lora.core.adapter import adapter_spec, use_factors
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.storage import save_adapter
 from matryoshka_lora.data import Example
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
@@ -25,15 +26,14 @@ from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
 from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask
 from matryoshka_lora.inputs import Inputs, Tokens, prepare, tokenize_records
-from matryoshka_lora.load_run import (
-    adapter_metadata,
+from matryoshka_lora.loading import (
+    adapter_facts,
     build_model,
     check_base,
     load_factors,
     read_run,
 )
 from matryoshka_lora.memory import estimate, print_estimate
-from matryoshka_lora.methods import build_method
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator
@@ -44,7 +44,6 @@ from matryoshka_lora.runs.progress import (
     is_trained,
     open_record,
     record_failure,
-    wanted_points,
 )
 from matryoshka_lora.runs.provenance import environment
 from matryoshka_lora.runs.record import Record, Row, merge_rows, write_record
@@ -152,8 +151,7 @@ def train(
             "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
         ) from error
     if accelerator.is_main_process:
-        metadata = adapter_metadata(config, inputs.model, inputs.run_hash)
-        save_adapter(folder.adapter, model, metadata)
+        save_adapter(folder.adapter, model, adapter_facts(inputs.model, inputs.run_hash))
         record.status = "evaluating"
         write_record(folder.record, record)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)

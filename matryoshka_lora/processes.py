@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import adapter_parameters
-from matryoshka_lora.load_run import build_model
+from matryoshka_lora.loading import build_model
 from matryoshka_lora.models import decoder_layers
 from matryoshka_lora.ops.device import let_segments_grow
 

@@ -25,17 +25,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core.adapter import (
     adapter_parameters,
     add_adapters,
     at_rank,
-    load_adapter,
-    save_adapter,
 )
+from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft
-from matryoshka_lora.load_run import adapter_metadata, check_base, load_run, read_run
-from matryoshka_lora.methods import adapter_spec_of
+from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
 from matryoshka_lora.models import model_identity
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
@@ -85,8 +83,7 @@ def make_run(
     for parameter in adapter_parameters(model).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     identity = model_identity(config.model)
-    metadata = adapter_metadata(config, identity, "01234567")
-    save_adapter(RunFolder(folder).adapter, model, metadata)
+    save_adapter(RunFolder(folder).adapter, model, adapter_facts(identity, "01234567"))
     record = Record(
         status="finished",
         name=f"{method}-r{RANK}-{scaling}",
@@ -239,46 +236,71 @@ def test_run_that_cannot_be_exported(tmp_path: Path, base: Path) -> None:
     write_record(folder / "record.json", record)
     (folder / "adapter.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read as an adapter"):
-        read_run(folder)
+        export_peft(read_run(folder), 2, "prefix", tmp_path / "out")
     (folder / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match="has not finished training"):
         read_run(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("field", "value", "message"),
     [
-        ({"rank": "8"}, "rank is 8 in the adapter and 6 in the record"),
-        ({"train_ranks": "[1, 6]"}, r"train_ranks is \[1, 6\] in the adapter and \[1, 2, 4\]"),
-        ({"method": "lora"}, "method is lora in the adapter and matryoshka"),
-        ({"scaling": "sqrt"}, "scaling is sqrt in the adapter and none"),
-        ({"run_hash": "76543210"}, "run_hash is 76543210 in the adapter and 01234567"),
-        ({"p_full": "[1.0]"}, "p_full is"),
-        (None, "run_hash is not given in the adapter"),
+        ("train_ranks", [1, 6], r"train_ranks is \(1, 6\)"),
+        ("method", "lora", "method is lora"),
+        ("scaling", "sqrt", "scaling is sqrt"),
+        ("rank", 8, "(rank is 8|a diagonal of 6 entries for rank 8)"),
+        ("run_hash", "76543210", "run_hash is 76543210 in the adapter and 01234567"),
+        ("run_hash", None, "run_hash is None in the adapter and 01234567"),
     ],
 )
 def test_adapter_of_another_run_is_refused(
-    tmp_path: Path, base: Path, change: dict[str, str] | None, message: str
+    tmp_path: Path, base: Path, field: str, value: object, message: str
 ) -> None:
     folder = RunFolder(make_run(tmp_path / "run", base, "matryoshka", "none"))
     with safe_open(folder.adapter, framework="pt") as file:
-        metadata = {} if change is None else file.metadata() | change
-    save_file(load_file(folder.adapter), folder.adapter, metadata)
-    for read in (read_run, load_run):
+        header = json.loads(file.metadata()[HEADER])
+    header["facts" if field == "run_hash" else "spec"][field] = value
+    save_file(load_file(folder.adapter), folder.adapter, {HEADER: json.dumps(header)})
+    for read in (lambda path: read_factors(read_run(path)), load_run):
         with pytest.raises(ValueError, match=message) as caught:
             read(folder.path)
         assert str(folder.adapter) in str(caught.value)
 
 
+def test_adapter_of_an_earlier_version_is_read(tmp_path: Path, base: Path) -> None:
+    """Until commit 6b47c28 the header held its facts one by one."""
+    folder = RunFolder(make_run(tmp_path / "run", base, "dylora", "sqrt"))
+    run, factors = read_run(folder.path), load_file(folder.adapter)
+    old = {
+        "method": "dylora",
+        "rank": str(RANK),
+        "train_ranks": json.dumps(TRAIN_RANKS),
+        "scaling": "sqrt",
+        "p_full": json.dumps(run.spec.p_full),
+        "base_model": json.dumps(run.record.model),
+        "run_hash": run.record.run_hash,
+    }
+    save_file(factors, folder.adapter, old)
+    file = read_factors(run)
+    assert file.spec == run.spec
+    assert all(torch.equal(file.state[name], factors[name]) for name in factors)
+    save_file(factors, folder.adapter, old | {"run_hash": "76543210"})
+    with pytest.raises(ValueError, match="run_hash is 76543210"):
+        read_factors(run)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda name, factor: {name: factor.fill_(math.nan)}, "{name} holds NaN or infinity"),
-        (lambda name, factor: {name: factor[:4]}, "{name} has (rank|shape)"),
-        (lambda name, factor: {}, "(does not hold lora_A and lora_B|does not fit the model)"),
+        (
+            lambda name, factor: {name: factor.fill_(math.nan)},
+            "{name} holds numbers that are not",
+        ),
+        (lambda name, factor: {name: factor[:4]}, "{name} has shape"),
+        (lambda name, factor: {}, "(does not hold lora_A, lora_B|does not fit the model)"),
         (
             lambda name, factor: {name: factor, f"{name}_gate": factor.clone()},
-            "(does not hold lora_A and lora_B|does not fit the model)",
+            "(does not hold lora_A, lora_B|does not fit the model)",
         ),
     ],
 )

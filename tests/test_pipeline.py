@@ -19,7 +19,7 @@ from matryoshka_lora import pipeline, processes
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
-from matryoshka_lora.load_run import load_run, read_run
+from matryoshka_lora.loading import load_run, read_run
 from matryoshka_lora.pipeline import evaluate_run, run
 from matryoshka_lora.runs.folder import RECORD, RunFolder, run_path
 from matryoshka_lora.runs.record import read_record, write_record

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, wanted_points
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
@@ -13,15 +13,6 @@ logger = logging.getLogger(__name__)
 def is_trained(folder: RunFolder, record: Record) -> bool:
     """Whether training has ended and the adapter is there to be read."""
     return record.training is not None and folder.adapter.is_file()
-
-
-def wanted_points(config: Config) -> list[str]:
-    """A name for every point that the config asks for."""
-    tasks = [f"{name}:{shots} limit={config.eval.limit}" for name, shots in config.tasks]
-    if config.dataset.validation:
-        tasks.append("validation")
-    readings = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
-    return [f"{task} {reading}" for task in tasks for reading in readings]
 
 
 def finished_record(config: Config, folder: RunFolder) -> Record | None:
