@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, build_method, wanted_points
 from matryoshka_lora.core.adapter import adapter_spec, use_factors
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.core.storage import save_adapter
 from matryoshka_lora.data import Example
@@ -103,7 +104,7 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
     """Evaluate a trained run as `config.eval` says and add the rows to its record.
 
     config: the run's own, but for `eval` and `model.path`. Rows that are there already stay.
-    Raises ValueError where the run is not trained or the base model is another one.
+    Raises UserError where the run is not trained or the base model is another one.
     """
     trained = dataclasses.replace(read_run(folder), config=config)
     check_base(trained)
@@ -145,7 +146,7 @@ def train(
             on_step=tracker.step,
         )
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        raise UserError(
             f"{str(error).splitlines()[0]} Lower trainer.max_tokens "
             f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
             "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"

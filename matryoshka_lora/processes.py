@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import build_model
 from matryoshka_lora.models import decoder_layers
 from matryoshka_lora.ops.device import let_segments_grow
@@ -18,7 +19,7 @@ from matryoshka_lora.ops.device import let_segments_grow
 def make_accelerator() -> Accelerator:
     """Processes and device; attention without cuDNN in this process from now on.
 
-    Raises ValueError where the processes do not know each other.
+    Raises UserError where the processes do not know each other.
     """
     let_segments_grow()
     # Where torch prefers cuDNN, it makes a new plan for every shape, which is in every decoding
@@ -29,7 +30,7 @@ def make_accelerator() -> Accelerator:
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        raise ValueError(
+        raise UserError(
             f"the launcher started {started} processes, but accelerate sees "
             f"{accelerator.num_processes}; use a file of configs/accelerate"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from matryoshka_lora.config import Config, build_method, short_name
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
 from matryoshka_lora.runs.record import Record, Row, RowKey
 
@@ -46,7 +47,7 @@ class Tracker:
 def make_tracker(config: Config, run_hash: str, folder: Path, main_process: bool) -> Tracker:
     """The tracker that the config names; on all processes but the main one, one that does nothing.
 
-    Raises ValueError if the run's wandb folder cannot be written or W&B refuses to start, such as
+    Raises UserError if the run's wandb folder cannot be written or W&B refuses to start, such as
     without an API key.
     """
     if config.tracking.name == "none" or not main_process:
@@ -104,7 +105,7 @@ class WandbTracker(Tracker):
                 config=dataclasses.asdict(config),
             )
         except wandb.errors.Error as error:
-            raise ValueError(
+            raise UserError(
                 f"tracking=wandb cannot start: {str(error).rstrip('. ')}. Run `wandb login` or set "
                 "WANDB_API_KEY; without network set tracking.mode=offline, or tracking=none"
             ) from error
@@ -116,7 +117,7 @@ class WandbTracker(Tracker):
         self.run.log(self._curves(row), step=row["step"], commit=True)
 
     def _curves(self, row: dict[str, Any]) -> dict[str, float]:
-        """`train/<name>` -> number; a list becomes one number for each block of ranks or drawn rank."""
+        """`train/<name>` -> number; of a list, one for each block of ranks or each drawn rank."""
         curves: dict[str, float] = {}
         for name, value in row.items():
             if name == "block_grad_norms":
@@ -190,7 +191,7 @@ def _check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"tracking=wandb: {folder} cannot be written ({error.strerror}); free it, choose "
             "another output_dir, or set tracking=none"
         ) from None

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
 
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.runs.folder import RECORD
 
@@ -147,7 +148,7 @@ def write_record(path: str | Path, record: Record) -> None:
 def read_record(path: str | Path) -> Record:
     """Read a record strictly.
 
-    Raises ValueError that names the file and the field for anything that is not a record of this
+    Raises UserError that names the file and the field for anything that is not a record of this
     schema: not JSON, an unknown or missing key, a wrong type, NaN, repeated rows. The file is
     never changed.
     """
@@ -156,7 +157,7 @@ def read_record(path: str | Path) -> Record:
         document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         return _parse_record(document)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(
+        raise UserError(
             f"{path} is not a valid run record: {error}. The file is left alone; "
             "restore it, or move it away to run again"
         ) from error
