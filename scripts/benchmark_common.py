@@ -25,7 +25,7 @@ from matryoshka_lora.cli import environment_of_children
 from matryoshka_lora.core.adapter import adapter_layers
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.data.examples import Example
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.runs.provenance import environment
 
 logger = logging.getLogger(__name__)
 

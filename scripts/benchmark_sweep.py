@@ -66,18 +66,13 @@ from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
+from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
 from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.methods import setting
-from matryoshka_lora.models import DTYPES
-from matryoshka_lora.pipeline import (
-    ADAPTER,
-    RECORD,
-    build_adapted_model,
-    load_own_and_harness_tasks,
-    load_tokenizer,
-    make_accelerator,
-)
+from matryoshka_lora.models import DTYPES, load_tokenizer
+from matryoshka_lora.processes import build_adapted_model, make_accelerator
+from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import read_record
 from matryoshka_lora.training.loop import peak_gib, reset_peak
 
@@ -360,9 +355,13 @@ class Recorder:
 def measure_run(options: Options) -> dict[str, dict[str, Any]]:
     """An entry for each task of a finished run."""
     folder = Path(options.run or "")
-    if not (folder / RECORD).is_file() or not (folder / ADAPTER).is_file():
-        raise ValueError(f"run={folder} holds no {RECORD} and {ADAPTER}; give a finished run")
-    record = read_record(folder / RECORD)
+    files = RunFolder(folder)
+    if not files.record.is_file() or not files.adapter.is_file():
+        raise ValueError(
+            f"run={folder} holds no {files.record.name} and {files.adapter.name}; "
+            "give a finished run"
+        )
+    record = read_record(files.record)
     with tempfile.TemporaryDirectory() as scratch:
         node = OmegaConf.create(record.config)
         node.output_dir = scratch
@@ -377,7 +376,7 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         tasks = load_own_and_harness_tasks(config, accelerator)
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
-        load_adapter(folder / ADAPTER, model)
+        load_adapter(files.adapter, model)
         return {
             f"{record.name}-{task.name}-{task.shots}shot-{task.documents}": {
                 "options": settings_of(options),

@@ -52,7 +52,7 @@ from matryoshka_lora.data.examples import Example
 from matryoshka_lora.methods import METHODS, setting
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
-from matryoshka_lora.pipeline import make_accelerator
+from matryoshka_lora.processes import make_accelerator
 from matryoshka_lora.training.loop import fit, peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from matryoshka_lora.cli import run_script
 from matryoshka_lora.config import Config, build_config
-from matryoshka_lora.pipeline import RECORD, evaluate_run
+from matryoshka_lora.pipeline import evaluate_run
+from matryoshka_lora.runs.folder import RECORD
 from matryoshka_lora.runs.record import read_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -14,7 +14,8 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 
 from matryoshka_lora.cli import exit_with_one_line
-from matryoshka_lora.export import export_merged, export_peft, read_run
+from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.loading import read_run
 
 
 @dataclasses.dataclass

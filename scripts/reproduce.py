@@ -43,9 +43,12 @@ from hydra_plugins.gpu_queue.jobs import Job, Outcome, Slot, find_slots, run_job
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, run_folder, run_hash, validate
 from matryoshka_lora.core.errors import nearest
-from matryoshka_lora.pipeline import RECORD, Inputs, finished_record, prepare
+from matryoshka_lora.inputs import Inputs, prepare
 from matryoshka_lora.reporting import write_report
-from matryoshka_lora.runs.record import Record, environment, find_records, read_record, write_record
+from matryoshka_lora.runs.folder import RECORD, RunFolder
+from matryoshka_lora.runs.progress import finished_record
+from matryoshka_lora.runs.provenance import environment
+from matryoshka_lora.runs.record import Record, find_records, read_record, write_record
 from matryoshka_lora.training.plan import total_steps
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -122,7 +125,7 @@ class Run:
     def finished(self) -> Record | None:
         """The record, if nothing of the run is missing. ValueError if it is corrupt."""
         if self._record is None and self.inputs is not None:
-            self._record = finished_record(self.config, self.inputs)
+            self._record = finished_record(self.config, RunFolder(self.inputs.folder))
         return self._record
 
     def failure(self) -> str | None:
@@ -418,7 +421,7 @@ class Planner:
         return Run(fixed | texts, config, self._read(config))
 
     def _read(self, config: Config) -> Inputs | None:
-        """`pipeline.prepare`, reading data and model once for all runs that share them."""
+        """`inputs.prepare`, reading data and model once for all runs that share them."""
         if self.unreachable is not None:  # asking the hub again takes long and changes nothing
             return None
         shared = json.dumps([dataclasses.asdict(config.dataset), dataclasses.asdict(config.model)])

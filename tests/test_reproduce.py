@@ -14,8 +14,8 @@ from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line
-from matryoshka_lora.config import build_config
-from matryoshka_lora.pipeline import prepare, wanted_points
+from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.inputs import prepare
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
