@@ -29,7 +29,7 @@ from matryoshka_lora.core.adapter import (
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
-from matryoshka_lora.evaluation import batched
+from matryoshka_lora.evaluation.engines.batched import engine as batched
 from matryoshka_lora.evaluation.engines.batched.engine import (
     BatchedEngine,
     KeyShape,
