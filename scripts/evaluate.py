@@ -1,7 +1,9 @@
 """Evaluate a finished run on further tasks; the rows are added to its record.
 
-python scripts/evaluate.py run=FOLDER eval=arc_hellaswag
-python scripts/evaluate.py run=FOLDER "eval.tasks=['gsm8k:0']" eval.data_path=data
+    python scripts/evaluate.py run=FOLDER eval=arc_hellaswag
+    python scripts/evaluate.py run=FOLDER "eval.tasks=['gsm8k:0']" eval.data_path=data
+
+Rows that are in the record already stay as they are.
 """
 
 import dataclasses

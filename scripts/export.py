@@ -1,7 +1,9 @@
 """Write a sub-rank of a finished run for use without this package.
 
-python scripts/export.py run=FOLDER rank=4 out=FOLDER
-python scripts/export.py run=FOLDER rank=4 rule=svd format=merged dtype=bfloat16 out=FOLDER
+    python scripts/export.py run=FOLDER rank=4 out=FOLDER
+    python scripts/export.py run=FOLDER rank=4 rule=svd format=merged dtype=bfloat16 out=FOLDER
+
+The run has to have its adapter; the base model is read from where the run read it.
 """
 
 import dataclasses
@@ -29,9 +31,7 @@ class Options:
     )
     dtype: str | None = option(None, "of a merged model's weights; null: that of the run's base")
     device: str = option("cpu", "where a model is merged")
-    model_path: str | None = option(
-        None, "local folder of the base model; null: where the run's is"
-    )
+    model_path: str | None = option(None, "local folder of the base model; null: the run's own")
 
     def __post_init__(self) -> None:
         """Raises UserError for a combination that means nothing."""

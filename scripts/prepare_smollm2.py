@@ -65,7 +65,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Raises what `prepare` raises."""
-    prepare(Path(options.output), options.wheel and Path(options.wheel), options.dtype)
+    wheel = None if options.wheel is None else Path(options.wheel)
+    prepare(Path(options.output), wheel, options.dtype)
 
 
 def prepare(

@@ -2,12 +2,12 @@
 
     python scripts/pretrain_tiny.py output=matryoshka_lora/assets/tiny
 
-Everything comes from the seed: a synthetic corpus of number facts,
-running totals, short stories, made-up sentence frames and word lists, the tokenizer trained on it,
-and the Llama trained on it (about a quarter of an hour on two CPU cores, a minute on a GPU; corpus
-and tokenizer are the same everywhere, weights differ in rounding between devices). The corpus holds
-none of the templates of `matryoshka_lora.data.arithmetic`, nor its `Question:`/`Answer:` layout, so
-the model knows numbers but not the task that it is later fine-tuned on.
+Everything comes from the seed: a synthetic corpus of number facts, running totals, short stories,
+made-up sentence frames and word lists, the tokenizer trained on it, and the Llama trained on it
+(about a quarter of an hour on two CPU cores, a minute on a GPU; corpus and tokenizer are the same
+everywhere, weights differ in rounding between devices). The corpus holds none of the templates of
+`matryoshka_lora.data.arithmetic`, nor its `Question:`/`Answer:` layout, so the model knows numbers
+but not the task that it is later fine-tuned on.
 """
 
 import bisect
@@ -617,7 +617,7 @@ def main(options: Options) -> None:
         seconds=seconds,
         speed=tokens / seconds,
         train_loss=np.mean(losses[-100:]),
-        valid_loss=valid_loss,
+        valid_loss=np.mean(valid_losses),
         valid_tokens=valid_steps * options.batch * options.length,
         command=f"python {shlex.join(sys.argv)}",
     )

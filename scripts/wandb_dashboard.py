@@ -15,8 +15,8 @@ from omegaconf import MISSING
 
 from matryoshka_lora.cli import option, run_script
 from matryoshka_lora.config import TrackingConfig, parse_task
-from matryoshka_lora.core.adapter import RULES
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.tracking import AURAC_PREFIX, curve_name
 
 if TYPE_CHECKING:
