@@ -264,10 +264,9 @@ def _options_of(kind: type) -> list[tuple[str, str, str]]:
             found.append(("...=...", "none", field.metadata["help"]))
             continue
         default, text = _default_of(field), field.metadata["help"]
-        names = [*field.metadata["words"], *field.metadata["choices"]]
-        if names:
-            text += f" ({', '.join(names)})"
-        if field.metadata["positional"]:
+        if choices := field.metadata.get("choices"):
+            text += f" ({', '.join(choices)})"
+        if field.metadata.get("positional"):
             text += "; the first argument may be the value alone"
         found.append((field.name, "required" if default == MISSING else text_of(default), text))
     return found
@@ -281,7 +280,7 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
 
 def _value_of(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
     """The text of an option as a value of its type. Raises UserError."""
-    given, words = f"{field.name}={text}", field.metadata["words"]
+    given, words = f"{field.name}={text}", field.metadata.get("words", {})
     if text in words:
         return words[text]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -289,11 +288,11 @@ def _value_of(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
         return None
     (kind,) = (kind for kind in kinds if kind is not types.NoneType)
     if typing.get_origin(kind) is not list:
-        return _scalar(given, kind, text, field.metadata["choices"])
+        return _scalar(given, kind, text, field.metadata.get("choices", ()))
     (kind,) = typing.get_args(kind)
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     parts = [part.strip().strip("'\"") for part in inner.split(",")] if inner or not text else []
-    found = [_scalar(given, kind, part, field.metadata["choices"]) for part in parts]
+    found = [_scalar(given, kind, part, field.metadata.get("choices", ())) for part in parts]
     if len(set(found)) < len(found):
         raise UserError(f"{given} must name values, each once, separated by commas")
     return found

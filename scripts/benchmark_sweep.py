@@ -69,7 +69,6 @@ from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.methods import setting
 from matryoshka_lora.models import DTYPES
 from matryoshka_lora.pipeline import (
     ADAPTER,

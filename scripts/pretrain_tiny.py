@@ -617,7 +617,7 @@ def main(options: Options) -> None:
         seconds=seconds,
         speed=tokens / seconds,
         train_loss=np.mean(losses[-100:]),
-        valid_loss=np.mean(valid_losses),
+        valid_loss=valid_loss,
         valid_tokens=valid_steps * options.batch * options.length,
         command=f"python {shlex.join(sys.argv)}",
     )
