@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core.adapter import (
     adapter_parameters,
@@ -366,7 +367,7 @@ def command(arguments: list[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    module.main(arguments)
+    module.main(parse_options(module.Options, arguments))
 
 
 def test_command(tmp_path: Path, run: Path) -> None:
