@@ -8,14 +8,11 @@ import pytest
 
 from matryoshka_lora import records
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.evaluation.rows import Row, decode_scores, encode_scores, merge_rows
 from matryoshka_lora.runs.record import (
     Record,
-    Row,
-    decode_scores,
-    encode_scores,
     environment,
     find_records,
-    merge_rows,
     read_record,
     write_record,
 )

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -23,16 +24,12 @@ from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.sweep import (
-    AHEAD,
-    Plan,
-    ahead,
-    plan_points,
-    run_sweep,
-    samples_path,
-)
+from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, prefetch
+from matryoshka_lora.evaluation.readings import Plan, plan_points
+from matryoshka_lora.evaluation.rows import Row, decode_scores
+from matryoshka_lora.evaluation.samples import samples_path
+from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.runs.record import Row, decode_scores
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 RULES = ("prefix", "trained", "svd")
@@ -203,7 +200,7 @@ def hf_sweep(data: Path, tmp_path_factory: pytest.TempPathFactory):
     tasks = load_tasks(specs, data_path=folder / "data", limit=4)
     plan = plan_points(tiny_lm.spec(), [1, 2], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
     readings = {key: plan.readings[key] for key in READINGS}
-    plan = Plan(tuple(readings.values()), readings, plan.train_ranks)
+    plan = replace(plan, points=tuple(readings.values()), readings=readings)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()).train(), tiny_lm.tokenizer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = HFEngine(model, tokenizer, batch_size=3)
@@ -482,7 +479,7 @@ data, out = Path(sys.argv[2]), Path(sys.argv[3])
 sweep.GATHER_EVERY = 5
 processes = Accelerator(cpu=True)
 assert processes.num_processes == 2
-plan = sweep.plan_points(tiny_lm.spec(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
+plan = test_sweep.plan_points(tiny_lm.spec(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
 for name, lockstep in (("sharded", False), ("lockstep", True)):
     for attempt in ("first", "again"):
         engine = test_sweep.FakeEngine(shuffle=processes.process_index)
@@ -525,7 +522,7 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
         assert len(answered) == len(alone.answered)
 
 
-def test_items_are_made_ahead_and_end_closed() -> None:
+def test_items_are_prefetched_and_end_closed() -> None:
     closed, made = [], []
 
     def items(count, error=None):
@@ -538,15 +535,15 @@ def test_items_are_made_ahead_and_end_closed() -> None:
         finally:
             closed.append(threading.current_thread())
 
-    assert list(ahead(items(20_000))) == list(range(20_000))
+    assert list(prefetch(items(20_000))) == list(range(20_000))
     with pytest.raises(OSError, match="device fell off"):
-        list(ahead(items(3, OSError("device fell off"))))
+        list(prefetch(items(3, OSError("device fell off"))))
     made.clear()
-    some = ahead(items(10**9))
+    some = prefetch(items(10**9))
     assert [next(some) for _ in range(3)] == [0, 1, 2]
     some.close()
     # Neither endless nor in the thread that takes them.
-    assert len(made) <= AHEAD + 5 and len(closed) == 3
+    assert len(made) <= MAX_PREFETCHED + 5 and len(closed) == 3
     assert threading.main_thread() not in closed
 
 
@@ -563,6 +560,6 @@ def test_answers_are_scored_in_the_main_thread(
 
     monkeypatch.setattr(EvalTask, "score", score)
     # As with a GPU.
-    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: ahead(engine.run(jobs)))
+    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: prefetch(engine.run(jobs)))
     sweep(data, tmp_path, FakeEngine(), plan, limit=2)
     assert threads and set(threads) == {threading.main_thread()}
