@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from matryoshka_lora import records
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.evaluation.rows import Row, decode_scores, encode_scores, merge_rows
+from matryoshka_lora.runs import record as records
 from matryoshka_lora.runs.record import (
     Record,
     environment,

@@ -9,9 +9,10 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from matryoshka_lora.core.adapter import use_factors
+from matryoshka_lora.core.rules import FACTOR_SETS
 from matryoshka_lora.data import Example
 from matryoshka_lora.data.loss import batch_loss
-from matryoshka_lora.evaluation.readings import FACTOR_SETS, Plan
+from matryoshka_lora.evaluation.readings import Plan
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.ops.attention import packed_attention
 

@@ -7,13 +7,11 @@ evaluates. Readings that are the same function share a point, which is evaluated
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matryoshka_lora.core.adapter import AdapterSpec
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import BASE, read, same_as
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.rows import ReadingFields
-
-FACTOR_SETS = ("trained", "svd")
-BASE = "base"
 
 RankRule = tuple[int, str]
 """(rank, rule) as asked for."""
@@ -33,8 +31,9 @@ class Plan:
     def trained_rank(self, reading: RankRule) -> bool | None:
         """Whether the rank is in S; None where S has no meaning (base model, svd)."""
         rank, rule = reading
-        factors, _ = self.spec.diagonal(rank, rule)
-        return rank in self.train_ranks if rank and factors == "trained" else None
+        if rank == 0 or read(self.spec, rank, rule).factors != "trained":
+            return None
+        return rank in self.train_ranks
 
     def same_as(self, reading: RankRule) -> str | None:
         """ "rule@rank" of the point that is evaluated in place of `reading`, if another one is."""
@@ -68,16 +67,18 @@ def plan_points(
     for what, given in (("ranks", ranks), ("rules", rules)):
         if len(set(given)) < len(given):
             raise UserError(f"the {what} of the sweep are repeated: {list(given)}")
-    base = Point(0, BASE, *spec.diagonal(0, BASE))
+    base = _point(spec, 0, BASE)
     points: dict[RankRule, Point] = {(0, BASE): base}
     readings = {(0, BASE): base}
     for rank in ranks:
         if rank == 0:
             raise UserError("rank 0 is the base model, which every sweep evaluates; leave it out")
         for rule in rules:
-            factors, p = spec.diagonal(rank, rule)  # checks both
-            if (stand_in := spec.same_as(rank, rule)) is not None:
-                factors, p = spec.diagonal(rank, stand_in)
-            key = (rank, stand_in or rule)
-            readings[(rank, rule)] = points.setdefault(key, Point(*key, factors, p))
+            key = (rank, same_as(spec, rank, rule) or rule)  # checks both
+            readings[(rank, rule)] = points.setdefault(key, _point(spec, *key))
     return Plan(tuple(points.values()), readings, tuple(train_ranks), spec)
+
+
+def _point(spec: AdapterSpec, rank: int, rule: str) -> Point:
+    reading = read(spec, rank, rule)
+    return Point(rank, rule, reading.factors, reading.p)

@@ -210,9 +210,9 @@ def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     does not depend on the order in which points were evaluated.
     """
     # Not at the top: the rules need torch, which reports do not load.
-    from matryoshka_lora.core.adapter import RULES
+    from matryoshka_lora.core.rules import BASE, RULES
 
-    place = {rule: index for index, rule in enumerate(("base", *RULES))}
+    place = {rule: index for index, rule in enumerate((BASE, *RULES))}
 
     def order(row: Row) -> tuple[Any, ...]:
         rule = place.get(row.rule, len(place))

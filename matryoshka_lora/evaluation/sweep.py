@@ -21,10 +21,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.core.adapter import use_factors
+from matryoshka_lora.core.rules import FACTOR_SETS
 from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Point, Request
 from matryoshka_lora.evaluation.prefetch import answers_of
-from matryoshka_lora.evaluation.readings import FACTOR_SETS, Plan
+from matryoshka_lora.evaluation.readings import Plan
 from matryoshka_lora.evaluation.rows import Row, group_rows, task_rows
 from matryoshka_lora.evaluation.samples import Samples
 from matryoshka_lora.evaluation.tasks import EvalTask, TaskGroup
