@@ -40,9 +40,8 @@ from matryoshka_lora.data import (
 from matryoshka_lora.data import (
     Record as DataRecord,
 )
-from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
-from matryoshka_lora.evaluation.engines.hf import HFEngine
-from matryoshka_lora.evaluation.engines.protocol import Engine, Point
+from matryoshka_lora.evaluation.engines import make_engine
+from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.held_out import held_out_rows
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.rows import Row, merge_rows
@@ -325,19 +324,6 @@ def _write_own_data(dataset: str, folder: Path) -> None:
         write_atomically(folder / f"{split}.jsonl", text.encode())
 
 
-def make_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lockstep: bool
-) -> Engine:
-    """The engine that `eval.engine` names. lockstep: the base is sharded over the processes."""
-    if config.eval.engine == "hf":
-        return HFEngine(model, tokenizer, batch_size=config.eval.batch_size)
-    graphs = config.eval.cuda_graphs
-    engine = BatchedEngine(model, tokenizer, cuda_graphs=graphs, lockstep=lockstep)
-    if graphs and not engine.cuda_graphs:
-        logger.info("eval.cuda_graphs has no effect: it needs a GPU and an unsharded model")
-    return engine
-
-
 def evaluate(
     config: Config,
     model: PreTrainedModel,
@@ -380,7 +366,14 @@ def evaluate(
             tokenizer,
             tasks,
             plan,
-            make_engine(config, model, tokenizer, sharded),
+            make_engine(
+                config.eval.engine,
+                model,
+                tokenizer,
+                batch_size=config.eval.batch_size,
+                cuda_graphs=config.eval.cuda_graphs,
+                lockstep=sharded,
+            ),
             folder / "samples",
             identity=record.run_hash,
             processes=accelerator,
