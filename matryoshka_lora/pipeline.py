@@ -5,26 +5,26 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, build_method, wanted_points
-from matryoshka_lora.core.adapter import adapter_spec, use_factors
+from matryoshka_lora.core.adapter import adapter_spec
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.core.storage import save_adapter
 from matryoshka_lora.data.examples import Example
-from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.protocol import Point
+from matryoshka_lora.evaluation.held_out import held_out_rows
 from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
-from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
+from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.rows import Row, merge_rows
+from matryoshka_lora.evaluation.sweep import Source, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask
 from matryoshka_lora.inputs import Inputs, Tokens, prepare, tokenize_records
 from matryoshka_lora.loading import (
@@ -36,7 +36,6 @@ from matryoshka_lora.loading import (
 )
 from matryoshka_lora.memory import estimate, print_estimate
 from matryoshka_lora.models import load_tokenizer
-from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator
 from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
 from matryoshka_lora.runs.folder import RunFolder, runs_root
@@ -47,7 +46,7 @@ from matryoshka_lora.runs.progress import (
     record_failure,
 )
 from matryoshka_lora.runs.provenance import environment
-from matryoshka_lora.runs.record import Record, Row, merge_rows, write_record
+from matryoshka_lora.runs.record import Record, write_record
 from matryoshka_lora.tracking import Tracker, make_tracker
 from matryoshka_lora.training.loop import fit
 from matryoshka_lora.training.plan import check_effective_batch
@@ -179,7 +178,7 @@ def evaluate(
     facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
     spent, began = facts["seconds"], time.monotonic()
 
-    def on_point(task: EvalTask, point: Point, rows: list[Row]) -> None:
+    def on_point(source: Source, point: Point, rows: list[Row]) -> None:
         record.rows = merge_rows(record.rows, rows)
         facts["seconds"] = spent + time.monotonic() - began
         write_record(folder.record, record)
@@ -190,14 +189,14 @@ def evaluate(
         ]
         logger.info(
             "%s %d-shot  rank %d %s: %s",
-            *(task.name, task.shots, point.rank, point.rule, ", ".join(shown)),
+            *(source.name, source.shots, point.rank, point.rule, ", ".join(shown)),
         )
 
     if held_out:
         rows = held_out_rows(model, held_out, plan, config.trainer.packed, accelerator)
         record.rows = merge_rows(record.rows, rows)
     if tasks:
-        rows = run_sweep(
+        run_sweep(
             model,
             tokenizer,
             tasks,
@@ -217,59 +216,12 @@ def evaluate(
             on_point=on_point,
         )
         if main:
-            record.rows = merge_rows(record.rows, rows)
             facts["truncated_prompts"] = dict(facts.get("truncated_prompts", {})) | {
                 f"{task.name}:{task.shots}": task.truncated for task in tasks
             }
     facts["engine"] = config.eval.engine
     facts["finished"] = sorted({*facts["finished"], *wanted_points(config)})
     facts["seconds"] = spent + time.monotonic() - began
-
-
-@torch.no_grad()
-def held_out_rows(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    plan: Plan,
-    packed: bool,
-    accelerator: Accelerator,
-) -> list[Row]:
-    """Loss in nats a label token on the records held out of training, at every point of `plan`.
-
-    Each process takes its share of the records; where the base is sharded all must run the same
-    forwards, and each takes all of them.
-    """
-    labels = sum(example.labels for example in examples)
-    chunks = [examples[i : i + 32] for i in range(0, len(examples), 32)]
-    alone = accelerator.distributed_type == DistributedType.FSDP
-    if not alone:
-        chunks = chunks[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(len(plan.points), dtype=torch.float64, device=model.device)
-    for factors in ("trained", "svd"):
-        with use_factors(model, factors), packed_attention(model) if packed else nullcontext():
-            for index, point in enumerate(plan.points):
-                if point.factors == factors:
-                    for chunk in chunks:
-                        sums[index] += batch_loss(model, chunk, point.p, packed=packed)
-    total = sums if alone else accelerator.reduce(sums, "sum")
-    losses = dict(zip(plan.points, (total / labels).tolist(), strict=True))
-    return [
-        Row(
-            task="validation",
-            shots=0,
-            limit=None,
-            filter=None,
-            rank=rank,
-            rule=rule,
-            metric="loss",
-            value=losses[point],
-            stderr=None,
-            n=len(examples),
-            same_as=plan.same_as((rank, rule)),
-            trained_rank=plan.trained_rank((rank, rule)),
-        )
-        for (rank, rule), point in plan.readings.items()
-    ]
 
 
 def report(record: Record, folder: RunFolder) -> Path | None:

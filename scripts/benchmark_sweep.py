@@ -68,7 +68,9 @@ from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
-from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
+from matryoshka_lora.evaluation.prefetch import answers_of
+from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES, load_tokenizer
 from matryoshka_lora.processes import build_adapted_model, make_accelerator

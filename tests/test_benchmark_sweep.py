@@ -18,7 +18,7 @@ from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.sweep import plan_points
+from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.models import load_model
 from matryoshka_lora.pipeline import run
 from matryoshka_lora.runs.record import environment

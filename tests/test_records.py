@@ -8,16 +8,13 @@ import pytest
 from conftest import ROOT
 
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.evaluation.rows import Row, decode_scores, encode_scores, merge_rows
 from matryoshka_lora.runs import provenance
 from matryoshka_lora.runs import record as records
 from matryoshka_lora.runs.provenance import environment, git_state
 from matryoshka_lora.runs.record import (
     Record,
-    Row,
-    decode_scores,
-    encode_scores,
     find_records,
-    merge_rows,
     read_record,
     write_record,
 )

@@ -6,9 +6,7 @@ NaN and infinity are refused. A record that does not follow the schema is named 
 
 import dataclasses
 import json
-import math
 import typing
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,50 +15,12 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, cre
 
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
 from matryoshka_lora.runs.folder import RECORD
 
 SCHEMA = 1
 RULES = ("base", "prefix", "trained", "svd")
 Status = Literal["training", "evaluating", "finished", "failed"]
-RowKey = tuple[str, int, int | None, str | None, int, str, str]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number: a metric of a task at one rank under one inference rule.
-
-    task, shots: the harness's task name and the number of few-shot examples.
-    limit: only the first `limit` documents were evaluated; None is all.
-    filter: the harness's answer filter ("strict-match", ...); None where there is none.
-    rank: 0 is the base model (rule "base"); 1..R a sub-rank.
-    rule: "base", "prefix", "trained" or "svd".
-    metric: "exact_match", "acc", "acc_norm", "loss", ...
-    value, stderr: accuracies as fractions 0-1, loss in nats a token; None is not measured.
-    n: documents behind the value.
-    same_as: "rule@rank" of the point that is the same function, whose value is repeated here.
-    trained_rank: False where the rank lies outside the trained sub-ranks S; None where S has no
-        meaning (base model, svd).
-    scores: the per-document values in doc_id order, see `encode_scores`; None if not kept.
-    """
-
-    task: str
-    shots: int
-    limit: int | None
-    filter: str | None
-    rank: int
-    rule: str
-    metric: str
-    value: float | None
-    stderr: float | None
-    n: int
-    same_as: str | None = None
-    trained_rank: bool | None = None
-    scores: str | list[float] | None = None
-
-    @property
-    def key(self) -> RowKey:
-        """What makes two rows the same measurement."""
-        return (self.task, self.shots, self.limit, self.filter, self.rank, self.rule, self.metric)
 
 
 @dataclass
@@ -90,42 +50,6 @@ class Record:
     diagnostics: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     rows: list[Row] = field(default_factory=list)
-
-
-def encode_scores(scores: Iterable[float]) -> str | list[float]:
-    """Per-document values in compact form.
-
-    Values that are all 0 or 1 become a string of "0" and "1"; others a list rounded to six
-    significant digits. Raises ValueError for NaN or infinity.
-    """
-    values = [float(s) for s in scores]
-    for index, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ValueError(f"the score of document {index} is {value}, not a number")
-    if all(value in (0.0, 1.0) for value in values):
-        return "".join("1" if value else "0" for value in values)
-    return [float(f"{value:.6g}") for value in values]
-
-
-def decode_scores(encoded: str | Sequence[float]) -> list[float]:
-    """The values behind `encode_scores`; raises ValueError for other characters or infinity."""
-    if isinstance(encoded, str):
-        if set(encoded) - {"0", "1"}:
-            raise ValueError(f"scores must be a string of 0 and 1, got {encoded[:40]!r}")
-        return [float(digit) for digit in encoded]
-    if not all(map(math.isfinite, encoded)):
-        raise ValueError("scores must be finite numbers")
-    return [float(value) for value in encoded]
-
-
-def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """All rows of both; where two have the same key the later one stands.
-
-    The order follows from the rows alone (task, shots, limit, metric, filter, rule, rank), so it
-    does not depend on the order in which points were evaluated.
-    """
-    merged = {row.key: row for row in (*old, *new)}
-    return sorted(merged.values(), key=_row_order)
 
 
 def write_record(path: str | Path, record: Record) -> None:
@@ -170,12 +94,6 @@ def find_records(folder: str | Path, pattern: str = RECORD) -> list[Path]:
 
 def _fields(instance: Row | Record) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-
-
-def _row_order(row: Row) -> tuple[Any, ...]:
-    rule = RULES.index(row.rule) if row.rule in RULES else len(RULES)
-    limit = -1 if row.limit is None else row.limit
-    return (row.task, row.shots, limit, row.metric, row.filter or "", rule, row.rule, row.rank)
 
 
 def _layout(document: dict[str, Any]) -> str:
