@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.models import load_model
 from matryoshka_lora.pipeline import run
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.runs.provenance import environment
 
 CPU = torch.device("cpu")
 

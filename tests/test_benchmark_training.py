@@ -13,7 +13,7 @@ from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.data.examples import Example
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.runs.provenance import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_training as script  # noqa: E402
