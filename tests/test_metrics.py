@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from matryoshka_lora.reporting.aurac import aurac, bootstrap_intervals, trapezoid_weights
+from matryoshka_lora.reporting.aurac import aurac, trapezoid_weights
+from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
 
 
 def test_aurac_by_hand():
