@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka_lora.config import Config
-from matryoshka_lora.core.adapter import RULES, AdapterSpec, principal_factors
+from matryoshka_lora.config import Config, adapter_spec_of
+from matryoshka_lora.core.adapter import principal_factors
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import nearest
-from matryoshka_lora.methods import adapter_spec_of
+from matryoshka_lora.core.rules import RULES, read
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.models import (
     DTYPES,
     EMBEDDED,
@@ -112,8 +113,8 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         logger.warning(
             "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
         )
-    factor_set, p = run.spec.diagonal(rank, rule)
-    p = p[:rank]
+    reading = read(run.spec, rank, rule)
+    factor_set, p = reading.factors, reading.p[:rank]
     # One number at every row is a scale of PEFT's; anything else goes into A.
     exact = (name for name in PEFT_SCALE if torch.equal(p, prefix_diagonal(rank, rank, name)))
     scaling = next(exact, None)

@@ -17,16 +17,19 @@ from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, DatasetConfig, run_folder, run_hash, short_name
-from matryoshka_lora.core.adapter import (
-    adapter_parameters,
-    adapter_spec,
-    add_adapters,
-    load_adapter,
-    save_adapter,
-    use_factors,
+from matryoshka_lora.config import (
+    Config,
+    DatasetConfig,
+    adapter_spec_of,
+    build_method,
+    run_folder,
+    run_hash,
+    short_name,
+    wanted_points,
 )
+from matryoshka_lora.core.adapter import adapter_parameters, adapter_spec, add_adapters, use_factors
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.storage import load_adapter, save_adapter
 from matryoshka_lora.data import (
     Example,
     Split,
@@ -43,7 +46,6 @@ from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Engine, Point
 from matryoshka_lora.evaluation.sweep import Plan, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.methods import adapter_spec_of, build_method
 from matryoshka_lora.models import (
     DTYPES,
     EMBEDDED,
@@ -172,7 +174,8 @@ def run(config: Config) -> Record | None:
                     "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
                 ) from error
             if main:
-                save_adapter(folder / ADAPTER, model, _adapter_metadata(config, inputs))
+                made_of = {"base_model": inputs.model, "run_hash": inputs.run_hash}
+                save_adapter(folder / ADAPTER, model, made_of)
                 record.status = "evaluating"
                 write_record(folder / RECORD, record)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -484,15 +487,6 @@ def dry_run(
     print(f"memory, sum: {sum(gib.values()) / 2**30:.2f} GiB")
 
 
-def wanted_points(config: Config) -> list[str]:
-    """A name for every point that the config asks for."""
-    tasks = [f"{name}:{shots} limit={config.eval.limit}" for name, shots in config.tasks]
-    if config.dataset.validation:
-        tasks.append("validation")
-    readings = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
-    return [f"{task} {reading}" for task in tasks for reading in readings]
-
-
 def _open_record(
     config: Config, inputs: Inputs, data: dict[str, Any], accelerator: Accelerator
 ) -> Record:
@@ -526,19 +520,6 @@ def _open_record(
         write_atomically(inputs.folder / "config.yaml", text.encode())
     accelerator.wait_for_everyone()
     return fresh
-
-
-def _adapter_metadata(config: Config, inputs: Inputs) -> dict[str, str]:
-    spec = adapter_spec_of(config)
-    return {
-        "method": config.method.name,
-        "rank": str(spec.rank),
-        "train_ranks": json.dumps(config.train_ranks),
-        "scaling": spec.scaling,
-        "p_full": json.dumps(spec.p_full),
-        "base_model": json.dumps(inputs.model),
-        "run_hash": inputs.run_hash,
-    }
 
 
 def _show(record: Record, folder: Path) -> Path | None:

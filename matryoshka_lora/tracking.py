@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from matryoshka_lora.config import Config, short_name
-from matryoshka_lora.methods import build_method
+from matryoshka_lora.config import Config, build_method, short_name
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
 from matryoshka_lora.runs.record import Record, Row, RowKey
 

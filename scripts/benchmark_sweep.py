@@ -58,15 +58,17 @@ from transformers import (
 )
 
 from matryoshka_lora.cli import run_script
-from matryoshka_lora.config import Config, build_config, setting, validate
-from matryoshka_lora.core.adapter import adapter_spec, load_adapter, use_factors
+from matryoshka_lora.config import Config, build_config, validate
+from matryoshka_lora.core.adapter import adapter_spec, use_factors
 from matryoshka_lora.core.diagonals import powers_of_two
 from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
+from matryoshka_lora.methods import setting
 from matryoshka_lora.models import DTYPES
 from matryoshka_lora.pipeline import (
     ADAPTER,

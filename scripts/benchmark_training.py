@@ -46,10 +46,10 @@ from transformers import (
 )
 
 from matryoshka_lora.cli import run_script
-from matryoshka_lora.config import LLAMA_TARGETS, Config, setting, validate
+from matryoshka_lora.config import LLAMA_TARGETS, Config, adapter_spec_of, build_method, validate
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.data import Example
-from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
+from matryoshka_lora.methods import METHODS, setting
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
 from matryoshka_lora.pipeline import make_accelerator

@@ -18,8 +18,8 @@ from omegaconf import MISSING, OmegaConf
 
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import TrackingConfig, parse_task
-from matryoshka_lora.core.adapter import RULES
 from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.tracking import AURAC_PREFIX, curve_name
 
 if TYPE_CHECKING:

@@ -1,24 +1,29 @@
 """The adapter layer against slicing, PEFT and a dense SVD."""
 
+import dataclasses
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import TARGETS, small_llama
+from conftest import ROOT, TARGETS, small_llama
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from matryoshka_lora.core.adapter import (
-    AdapterSpec,
     adapter_layers,
     adapter_parameters,
     add_adapters,
     at_rank,
     diagonal,
-    load_adapter,
     principal_factors,
-    save_adapter,
     set_diagonal,
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.storage import load_adapter, save_adapter
 
 RANK = 8
 P = matryoshka_diagonal([1, 2, 4, 8], RANK, "none")
@@ -209,8 +214,205 @@ def test_saved_state_loads_strictly(tmp_path):
         load_adapter(path, fewer)
     narrow = small_llama()
     add_adapters(narrow, AdapterSpec(2, "none", (1.0, 1.0), False), TARGETS)
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match="its rank is 8, the model's adapters have 2"):
         load_adapter(path, narrow)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read as an adapter"):
         load_adapter(path, other)
+
+
+def logits_at(model, rank, rule, x):
+    with at_rank(model, rank, rule):
+        return model(x).logits
+
+
+@pytest.mark.parametrize("outer", ["prefix", "trained", "svd"])
+@pytest.mark.parametrize("inner", ["prefix", "trained", "svd"])
+def test_readings_inside_each_other(outer, inner):
+    model, x = adapted(torch.float64), tokens()
+    before = {name: p.clone() for name, p in adapter_parameters(model).items()}
+    expected = {(r, rule): logits_at(model, r, rule, x) for r, rule in ((4, outer), (2, inner))}
+    with at_rank(model, 4, outer):
+        assert torch.equal(logits_at(model, 2, inner, x), expected[2, inner])
+        assert torch.equal(model(x).logits, expected[4, outer])
+    assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
+
+
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 5, 32), (2, 3, 5, 32)])
+def test_any_leading_shape(shape):
+    layer = adapter_layers(adapted(torch.float64))["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = x @ layer.weight.T + ((x @ layer.lora_A.T) * P.double()) @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_diagonal_for_each_sequence_where_the_layer_sees_tokens_flattened():
+    layer = adapter_layers(adapted(torch.float64))["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(4, 5, 32, dtype=torch.float64)
+    layer.p = torch.stack([prefix_diagonal(r, RANK, "none") for r in (1, 2, 4, 8)])[:, None]
+    torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
+    layer.p = layer.p.repeat_interleave(5, 0).transpose(0, 1)  # (1, tokens, R)
+    torch.testing.assert_close(layer(x.flatten(0, 1)[None])[0], layer(x.flatten(0, 1)))
+
+
+class Doubled(torch.nn.Linear):
+    """Like a quantised layer: a linear map that F.linear of its weight does not give."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_another_module_sits_in_base_and_is_called():
+    model = small_llama(dtype=torch.float64)
+    for block in model.model.layers:
+        block.mlp.up_proj.__class__ = Doubled
+    x = tokens()
+    expected = model(x).logits
+    add_adapters(model, SPEC, TARGETS, dtype=torch.float64)
+    assert torch.equal(model(x).logits, expected)
+    layer = adapter_layers(model)["model.layers.0.mlp.up_proj"]
+    assert isinstance(layer.base, Doubled) and "rank=8" in repr(layer)
+    layer.lora_B.data.normal_()
+    y = torch.randn(3, 32, dtype=torch.float64)
+    update = ((y @ layer.lora_A.T) * P.double()) @ layer.lora_B.T
+    torch.testing.assert_close(layer(y), layer.base(y) + update)
+    assert not layer.base.weight.requires_grad
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_under_autocast(base):
+    model = small_llama(dtype=base)
+    add_adapters(model, SPEC, TARGETS, seed=3)
+    for layer in adapter_layers(model).values():
+        layer.lora_B.data.normal_(std=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens(), labels=tokens())
+    out.loss.backward()
+    reference = model.double()(tokens(), labels=tokens())
+    assert abs(float(out.loss) - float(reference.loss)) < 0.05 * float(reference.loss)
+    assert all(p.grad is not None for p in adapter_parameters(model).values())
+
+
+def test_the_diagonal_follows_the_model_and_stays_float32():
+    model = adapted().to(torch.bfloat16)
+    assert all(layer.p.dtype == torch.float32 for layer in adapter_layers(model).values())
+    meta = adapted().to("meta")
+    assert all(layer.p.is_meta for layer in adapter_layers(meta).values())
+
+
+def test_another_default_dtype_changes_nothing():
+    expected = adapted()(tokens()).logits
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = small_llama(dtype=torch.float32)
+        add_adapters(model, SPEC, TARGETS, seed=3)
+        again = adapter_parameters(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in adapter_parameters(adapted(fill_B=False)).items():
+        assert torch.equal(parameter, again[name]), name
+    assert expected.dtype == torch.float32
+
+
+def test_gradients_reach_the_diagonal_and_each_layer_may_have_its_own():
+    model, x = adapted(torch.float64), tokens()
+    own = {name: torch.rand(RANK, requires_grad=True) for name in adapter_layers(model)}
+    with diagonal(model, own):
+        model(x, labels=x).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own.values())
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad(), diagonal(model, own):
+        y = torch.randn(2, 48, dtype=torch.float64)
+        layer = adapter_layers(model)[name]
+        update = ((y @ layer.lora_A.T) * own[name].double()) @ layer.lora_B.T
+        torch.testing.assert_close(layer(y), y @ layer.weight.T + update)
+
+
+def gated(dtype=torch.float64):
+    model = adapted(dtype, dataclasses.replace(SPEC, gated=True))
+    generator = torch.Generator().manual_seed(5)
+    for layer in adapter_layers(model).values():
+        layer.lora_gate.data.uniform_(-1, 1, generator=generator)
+    return model
+
+
+def test_a_learned_gate_multiplies_the_diagonal(tmp_path):
+    model, x = gated(), tokens()
+    assert sum(name.endswith("lora_gate") for name in adapter_parameters(model)) == 14
+    gates = {n: layer.lora_gate.detach().clone() for n, layer in adapter_layers(model).items()}
+    plain = adapted(torch.float64)
+    with diagonal(plain, {name: P * gate for name, gate in gates.items()}):
+        torch.testing.assert_close(model(x).logits, plain(x).logits)
+    torch.testing.assert_close(logits_at(model, RANK, "svd", x), model(x).logits)
+    model(x, labels=x).loss.backward()
+    assert all(layer.lora_gate.grad.abs().sum() > 0 for layer in adapter_layers(model).values())
+    save_adapter(tmp_path / "a", model)
+    other = adapted(torch.float64, dataclasses.replace(SPEC, gated=True), fill_B=False)
+    load_adapter(tmp_path / "a", other)
+    torch.testing.assert_close(other(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="its gated is True"):
+        load_adapter(tmp_path / "a", adapted())
+
+
+def test_a_file_is_read_with_its_own_diagonal_and_refused_for_another_adapter(tmp_path):
+    path, x = tmp_path / "a.safetensors", tokens()
+    spec = dataclasses.replace(SPEC, method="matryoshka", train_ranks=(1, 2, 4, 8))
+    model = adapted(spec=spec)
+    save_adapter(path, model, {"run": 1})
+    first = path.read_bytes()
+    save_adapter(path, model, {"run": 1})
+    assert path.read_bytes() == first
+    edited = dataclasses.replace(spec, p_full=(7.0,) * RANK)
+    other = adapted(spec=edited, fill_B=False)
+    load_adapter(path, other)
+    assert torch.equal(other(x).logits, model(x).logits)
+    assert torch.equal(logits_at(other, 4, "trained", x), logits_at(model, 4, "trained", x))
+    for change in (
+        {"method": "lora"},
+        {"train_ranks": (1, 8)},
+        {"scaling": "none"},
+    ):
+        asked = adapted(spec=dataclasses.replace(spec, **change))
+        with pytest.raises(ValueError, match=f"its {next(iter(change))} is"):
+            load_adapter(path, asked)
+    layer = adapter_layers(model)["model.layers.0.self_attn.q_proj"]
+    layer.lora_B.data[0, 0] = float("nan")
+    save_adapter(path, model)
+    with pytest.raises(ValueError, match="q_proj.lora_B holds numbers that are not finite"):
+        load_adapter(path, other)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    model, path = adapted(), tmp_path / "old.safetensors"
+    state = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+    header = {
+        "method": "matryoshka",
+        "rank": "8",
+        "train_ranks": "[1, 2, 4, 8]",
+        "scaling": "sqrt",
+        "p_full": json.dumps(P.tolist()),
+        "base_model": "{}",
+        "run_hash": "abc",
+    }
+    save_file(state, path, header)
+    other = adapted(fill_B=False)
+    assert load_adapter(path, other) == {"run_hash": "abc", "base_model": {}}
+    assert torch.equal(other(tokens()).logits, model(tokens()).logits)
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="no adapter of this project"):
+        load_adapter(path, other)
+
+
+def test_the_core_needs_torch_alone():
+    program = (
+        "import sys, matryoshka_lora.core.adapter, matryoshka_lora.core.storage\n"
+        "import matryoshka_lora\n"
+        "heavy = 'hydra omegaconf transformers lm_eval wandb accelerate pandas datasets'.split()\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "from matryoshka_lora import add_adapters, at_rank, AdapterSpec\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]

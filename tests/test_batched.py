@@ -22,14 +22,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from matryoshka_lora.core.adapter import (
-    AdapterSpec,
     adapter_layers,
+    adapter_spec,
     add_adapters,
     diagonal,
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
-from matryoshka_lora.evaluation import batched
+from matryoshka_lora.core.rules import read
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.evaluation.engines.batched import engine as batched
 from matryoshka_lora.evaluation.engines.batched.engine import (
     BatchedEngine,
     KeyShape,
@@ -120,12 +122,12 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
-    spec: AdapterSpec = model.adapter_spec
+    spec: AdapterSpec = adapter_spec(model)
     pairs = [(rank, rule) for rank in (1, 2, RANK) for rule in ("prefix", "trained")]
     if factors == "svd":
         pairs = [(rank, "svd") for rank in (1, 2, 3)]
     return [Point(0, "base", factors, torch.zeros(RANK))] + [
-        Point(rank, rule, factors, spec.diagonal(rank, rule)[1]) for rank, rule in pairs
+        Point(rank, rule, factors, read(spec, rank, rule).p) for rank, rule in pairs
     ]
 
 

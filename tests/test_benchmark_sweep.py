@@ -13,7 +13,8 @@ from conftest import TARGETS
 
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, ModelConfig
-from matryoshka_lora.core.adapter import AdapterSpec, adapter_spec, add_adapters
+from matryoshka_lora.core.adapter import adapter_spec, add_adapters
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request

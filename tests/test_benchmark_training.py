@@ -10,7 +10,8 @@ from benchmark_common import gsm8k_lengths, run_each, training_flops, write_tabl
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, run_script
-from matryoshka_lora.core.adapter import AdapterSpec, add_adapters
+from matryoshka_lora.core.adapter import add_adapters
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.data import Example
 from matryoshka_lora.runs.record import environment
 

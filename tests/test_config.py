@@ -1,5 +1,6 @@
 """Every YAML composes and validates; every wrong value gives one clear error."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from matryoshka_lora.cli import settings
-from matryoshka_lora.config import Config, build_config, run_folder, run_hash
+from matryoshka_lora.config import (
+    COLUMNS,
+    Config,
+    affecting,
+    build_config,
+    run_folder,
+    run_hash,
+    variant,
+    wanted_points,
+)
 from matryoshka_lora.methods import METHODS
 
 CONFIGS = ROOT / "configs"
@@ -70,7 +80,7 @@ def test_the_papers_recipe(tmp_path):
         ("eval.rules=[svd,svd]", "each once"),
         ("eval.ranks=[]", "eval.ranks is empty"),
         ("trainer.weight_decay=nan", "trainer.weight_decay=nan"),
-        ("method.weights=[nan,1,1,1,1,1]", "positive sum"),
+        ("method=nested_dropout method.weights=[nan,1,1,1,1,1]", "positive sum"),
         ("model.dtype=float16", "model.dtype=float16 is unknown"),
         ("trainer.lr=0", "trainer.lr=0"),
         ("trainer.lr=-1", "trainer.lr=-1"),
@@ -82,9 +92,9 @@ def test_the_papers_recipe(tmp_path):
         ("trainer.max_steps=0", "trainer.max_steps=0"),
         ("dataset.validation=1", "dataset.validation=1.0 must be in"),
         ("dataset.prompt=chat", "dataset.prompt=chat is unknown"),
-        ("method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
-        ("method.weights=[0,0,0,0,0,0]", "positive sum"),
-        ("method.draw=epoch", "method.draw=epoch is unknown"),
+        ("method=nested_dropout method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
+        ("method=nested_dropout method.weights=[0,0,0,0,0,0]", "positive sum"),
+        ("method=dylora method.draw=epoch", "method.draw=epoch is unknown"),
         ("eval.rules=[best]", "eval.rules=best is unknown"),
         ("eval.ranks=[64]", "eval.ranks: rank 64 is above"),
         ("eval.ranks=[4,2]", "strictly increasing"),
@@ -97,7 +107,7 @@ def test_the_papers_recipe(tmp_path):
 )
 def test_wrong_values_are_refused(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
-        composed(tmp_path, override)
+        composed(tmp_path, *override.split())
 
 
 def test_a_file_in_the_folders_place(tmp_path):
@@ -106,33 +116,90 @@ def test_a_file_in_the_folders_place(tmp_path):
         composed(tmp_path, f"output_dir={tmp_path / 'file'}")
 
 
-def test_the_hash_covers_what_changes_the_adapter_and_nothing_else(tmp_path):
+OTHER_VALUES = {
+    "model.name": "other/model",
+    "model.path": "elsewhere",
+    "model.dtype": "bfloat16",
+    "dataset.name": "gsm8k",
+    "dataset.validation": 0.05,
+    "dataset.prompt": "paper",
+    "method.name": "lora",
+    "method.normalise": "mean",
+    "method.draw": "sample",
+    "method.weights": [6.0, 1, 1, 1, 1, 1],
+    "adapter.rank": 64,
+    "adapter.train_ranks": [1, 32],
+    "adapter.scaling": "rank",
+    "adapter.targets": ["q_proj"],
+    "adapter.init": "paper",
+    "adapter.dtype": "bfloat16",
+    "eval.tasks": ["gsm8k:0"],
+    "eval.ranks": [1, 4],
+    "eval.rules": ["svd"],
+    "eval.engine": "hf",
+}
+"""Valid values that are not the default, where adding 1, or a text, makes none."""
+
+
+def other_value(key, value):
+    if key in OTHER_VALUES:
+        return OTHER_VALUES[key]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else 3 if value is None else value + "-other"
+
+
+def changed(config, key):
+    config = copy.deepcopy(config)
+    section, _, name = key.rpartition(".")
+    node = getattr(config, section) if section else config
+    setattr(node, name, other_value(key, getattr(node, name)))
+    return config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_changes_what_it_says(tmp_path, method):
+    config = composed(tmp_path, f"method={method}", "eval.tasks=['gsm8k:3']")
+    identity = ({"name": "m"}, "data")
+    seen = set()
+    for effect in ("adapter", "evaluation", "fingerprint", "nothing"):
+        for key in affecting(config, effect):
+            if (key, method) == ("method.name", "lora"):
+                continue
+            seen.add(key)
+            other = changed(config, key)
+            hashes = run_hash(config, *identity) != run_hash(other, *identity)
+            assert hashes == (effect == "adapter"), key
+            # Only these two: R is where the ranks to read end, and validation has points.
+            points = wanted_points(config) != wanted_points(other)
+            also = key in ("adapter.rank", "dataset.validation")
+            assert points == (effect == "evaluation" or also), key
+            if key not in ("method.name", "adapter.rank"):  # on these other settings depend
+                kept_apart = variant(config, *identity) != variant(other, *identity)
+                assert kept_apart == (effect == "adapter" and key not in COLUMNS), key
+    assert seen | {"method.name"} == {key for key, _, _ in settings()}
+
+
+def test_content_behind_paths_is_part_of_the_hash_and_of_the_variant(tmp_path):
+    config = composed(tmp_path)
+    for other in (({"name": "n", "weights": "x"}, "data"), ({"name": "m"}, "other")):
+        assert run_hash(config, *other) != run_hash(config, {"name": "m"}, "data")
+        assert variant(config, *other) != variant(config, {"name": "m"}, "data")
+
+
+def test_micro_batches_are_part_of_the_hash_only_where_each_draws_a_rank(tmp_path):
     def hash_of(*overrides):
         return run_hash(composed(tmp_path, *overrides), {"name": "m"}, "data")
 
-    reference = hash_of()
-    for same in (
-        "eval.limit=3",
-        "eval.engine=hf",
-        "tracking=wandb",
-        "trainer.micro_batch=4",
-        "trainer.save_every=7",
-        "trainer.compile=true",
-        "dataset.path=elsewhere",
-        "method.draw=sample",  # means nothing to MatryoshkaLoRA
-    ):
-        assert hash_of(same) == reference, same
-    changes = [
-        *("seed=1", "trainer.lr=1e-5", "trainer.epochs=1", "trainer.effective_batch=16"),
-        *("adapter.rank=16", "adapter.scaling=rank", "adapter.init=paper", "model.dtype=bfloat16"),
-        *("method=lora", "method.normalise=mean", "dataset.prompt=paper", "adapter.dtype=bfloat16"),
-    ]
-    hashes = {hash_of(change) for change in changes}
-    assert len(hashes | {reference}) == len(changes) + 1
-    assert run_hash(composed(tmp_path), {"name": "m"}, "other") != reference
-    config = composed(tmp_path)
-    expected = f"runs/arithmetic/tiny/matryoshka-r32-none/lr0.006-seed42-{reference}"
-    assert run_folder(config, reference) == tmp_path / expected
+    for draw, differ in (("step", False), ("micro_batch", True)):
+        given = ("method=dylora", f"method.draw={draw}")
+        hashes = {hash_of(*given, f"trainer.micro_batch={n}") for n in (4, 8)}
+        assert len(hashes) == 1 + differ
+
+
+def test_the_folder_of_a_run(tmp_path):
+    expected = "runs/arithmetic/tiny/matryoshka-r32-none/lr0.006-seed42-01234567"
+    assert run_folder(composed(tmp_path), "01234567") == tmp_path / expected
 
 
 def test_help_lists_every_setting_and_group():

@@ -20,16 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from matryoshka_lora.config import Config
-from matryoshka_lora.core.adapter import (
-    adapter_parameters,
-    add_adapters,
-    at_rank,
-    load_adapter,
-    save_adapter,
-)
+from matryoshka_lora.config import Config, adapter_spec_of
+from matryoshka_lora.core.adapter import adapter_parameters, add_adapters, at_rank
+from matryoshka_lora.core.storage import load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft, read_run
-from matryoshka_lora.methods import adapter_spec_of
 from matryoshka_lora.models import model_identity
 from matryoshka_lora.runs.record import Record, read_record, write_record
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_training import factors, make_config, make_examples, make_model, relative, train
 
+from matryoshka_lora.config import build_method
 from matryoshka_lora.core.adapter import adapter_parameters
 from matryoshka_lora.data import Example, pack
 from matryoshka_lora.data.loss import packed_batch, packed_loss
-from matryoshka_lora.methods import build_method
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.graphs import Graphs, cuda_capture
 from matryoshka_lora.training import loop

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
-from matryoshka_lora.methods import METHODS, adapter_spec_of, build_method
+from matryoshka_lora.core.rules import read, same_as
+from matryoshka_lora.methods import METHODS
 
 
 def config_of(name: str, rank: int = 8, **method) -> Config:
@@ -70,13 +71,11 @@ def test_rules_that_are_one_function_share_a_point():
     lora, matryoshka, dylora = (
         adapter_spec_of(config_of(name)) for name in ("lora", "matryoshka", "dylora")
     )
-    assert lora.same_as(4, "trained") == "prefix"
-    assert matryoshka.same_as(4, "trained") is None
-    assert matryoshka.same_as(8, "svd") == "trained"
-    assert matryoshka.same_as(4, "svd") is None
-    assert dylora.same_as(4, "trained") == "prefix"
+    assert same_as(lora, 4, "trained") == "prefix"
+    assert same_as(matryoshka, 4, "trained") is None
+    assert same_as(matryoshka, 8, "svd") == "trained"
+    assert same_as(matryoshka, 4, "svd") is None
+    assert same_as(dylora, 4, "trained") == "prefix"
     config = config_of("dylora")
     config.adapter.scaling = "rank"
-    assert torch.equal(
-        adapter_spec_of(config).diagonal(4, "trained")[1], prefix_diagonal(4, 8, "rank")
-    )
+    assert torch.equal(read(adapter_spec_of(config), 4, "trained").p, prefix_diagonal(4, 8, "rank"))

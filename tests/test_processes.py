@@ -80,7 +80,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from matryoshka_lora.core.adapter import at_rank
-from matryoshka_lora.methods import build_method
+from matryoshka_lora.config import build_method
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.sweep import plan_points, run_sweep

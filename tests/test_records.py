@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from matryoshka_lora import records
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.runs import record as records
 from matryoshka_lora.runs.record import (
     Record,
     Row,

@@ -18,7 +18,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from matryoshka_lora.core.adapter import AdapterSpec, adapter_layers, at_rank
+from matryoshka_lora.core.adapter import adapter_layers, at_rank
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engines.hf import HFEngine

@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
 from matryoshka_lora.data import Example
-from matryoshka_lora.methods import adapter_spec_of, build_method
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
 from matryoshka_lora.training import batch_loss, fit, loop

@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from matryoshka_lora.core.adapter import AdapterSpec, adapter_layers, add_adapters
+from matryoshka_lora.core.adapter import adapter_layers, add_adapters
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
+from matryoshka_lora.core.spec import AdapterSpec
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 THINGS = ("apples", "books", "coins", "drums", "eggs", "flags")

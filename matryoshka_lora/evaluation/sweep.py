@@ -25,7 +25,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.core.adapter import AdapterSpec, use_factors
+from matryoshka_lora.core.adapter import use_factors
+from matryoshka_lora.core.rules import FACTOR_SETS, read, same_as
+from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
 from matryoshka_lora.evaluation.tasks import (
@@ -42,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 BASE = (0, "base")
 LOSS: Key = (None, "loss")
-FACTOR_SETS = ("trained", "svd")
 PROGRESS_EVERY = 10.0
 """Seconds between two progress lines."""
 GATHER_EVERY = 512
@@ -95,18 +96,20 @@ def plan_points(
     for what, given in (("ranks", ranks), ("rules", rules)):
         if len(set(given)) < len(given):
             raise ValueError(f"the {what} of the sweep are repeated: {list(given)}")
-    points: dict[Reading, Point] = {BASE: Point(*BASE, *spec.diagonal(0, "base"))}
+    points: dict[Reading, Point] = {BASE: _point(spec, *BASE)}
     readings = {BASE: points[BASE]}
     for rank in ranks:
         if rank == 0:
             raise ValueError("rank 0 is the base model, which every sweep evaluates; leave it out")
         for rule in rules:
-            factors, p = spec.diagonal(rank, rule)  # checks both
-            if (stand_in := spec.same_as(rank, rule)) is not None:
-                factors, p = spec.diagonal(rank, stand_in)
-            key = (rank, stand_in or rule)
-            readings[(rank, rule)] = points.setdefault(key, Point(*key, factors, p))
+            key = (rank, same_as(spec, rank, rule) or rule)  # checks both
+            readings[(rank, rule)] = points.setdefault(key, _point(spec, *key))
     return Plan(tuple(points.values()), readings, tuple(train_ranks))
+
+
+def _point(spec: AdapterSpec, rank: int, rule: str) -> Point:
+    read_as = read(spec, rank, rule)
+    return Point(rank, rule, read_as.factors, read_as.p)
 
 
 def run_sweep(

@@ -84,6 +84,7 @@ def fit(
         weight_decay=settings.weight_decay,
         fused=device.type == "cuda",
     )
+    method.hooks.start(adapter_parameters(model), optimizer, steps)
     log = _StepLog(folder, steps, accelerator.is_main_process, on_step)
     first, spent = 0, 0.0
     if state := load_checkpoint(folder / "checkpoints", device):
@@ -146,14 +147,15 @@ def fit(
                     weight / label_tokens,
                 )
             _sum_over_processes(parameters, loss, accelerator)
-            live = _live_rows(method.ranks, choice[0]) if method.frozen else None
-            rows = _row_square_sums(parameters, live)
+            method.hooks.after_backward(step, choice)
+            rows = _row_square_sums(parameters)
             norm = rows.sum().sqrt()
             scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(_grads(parameters), scale)
             lr = settings.lr * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = lr
-            _update(optimizer, parameters, live)
+            optimizer.step()
+            method.hooks.after_update(step, lr)
             optimizer.zero_grad(set_to_none=graphs is None)
             log.add(
                 step,
@@ -309,19 +311,14 @@ def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _live_rows(ranks: Sequence[int], chosen: int) -> tuple[int, int]:
-    """The rows that frozen DyLoRA trains at a drawn rank: those beyond the next smaller one."""
-    return (ranks[chosen - 1] if chosen else 0), ranks[chosen]
-
-
 def _factor_pairs(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, int]]:
     """(factor, axis of the rank): lora_A is (R, in) and lora_B (out, R), in turn."""
     for index, parameter in enumerate(parameters):
         yield parameter, index % 2
 
 
-def _row_square_sums(parameters: Sequence[nn.Parameter], live: tuple[int, int] | None) -> Tensor:
-    """Squared gradient norm of each of the R rows over all layers; rows not live are zeroed.
+def _row_square_sums(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Squared gradient norm of each of the R rows over all layers.
 
     Gradients of one shape are stacked, up to STACKED_BYTES: a kernel for each of the hundreds of
     factors takes longer to launch than to run.
@@ -330,9 +327,6 @@ def _row_square_sums(parameters: Sequence[nn.Parameter], live: tuple[int, int] |
     for parameter, axis in _factor_pairs(parameters):
         grad = parameter.grad
         assert grad is not None
-        if live is not None:
-            grad.narrow(axis, 0, live[0]).zero_()
-            grad.narrow(axis, live[1], grad.shape[axis] - live[1]).zero_()
         stacks = groups.setdefault((grad.shape, axis), [[]])
         if len(stacks[-1]) >= max(STACKED_BYTES // (grad.numel() * grad.itemsize), 1):
             stacks.append([])
@@ -353,33 +347,6 @@ def _block_norms(rows: Tensor, ranks: Sequence[int]) -> Tensor:
     """Gradient norm of each block of rows between neighbouring sub-ranks, (len(ranks),)."""
     blocks = zip([0, *ranks], ranks, strict=False)
     return torch.stack([rows[start:end].sum() for start, end in blocks]).sqrt()
-
-
-def _update(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    live: tuple[int, int] | None,
-) -> None:
-    """One optimizer step; rows that are not live keep their values and their moments."""
-    if live is None:
-        optimizer.step()
-        return
-    before = []
-    for parameter, axis in _factor_pairs(parameters):
-        state = optimizer.state[parameter]
-        kept = [parameter.data, *(state[k] for k in ("exp_avg", "exp_avg_sq") if k in state)]
-        before.append((parameter, axis, [tensor.clone() for tensor in kept]))
-    optimizer.step()
-    for parameter, axis, old in before:
-        state = optimizer.state[parameter]
-        # On the first step there are no moments yet: those of dead rows start at zero.
-        moments = old[1:] or [torch.zeros_like(parameter)] * 2
-        new = [parameter.data, state["exp_avg"], state["exp_avg_sq"]]
-        for current, value in zip(new, [old[0], *moments], strict=True):
-            for start, end in ((0, live[0]), (live[1], parameter.shape[axis])):
-                current.narrow(axis, start, end - start).copy_(
-                    value.narrow(axis, start, end - start)
-                )
 
 
 class _StepLog:

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
+from matryoshka_lora.core.rules import FactorSet
+
 
 @dataclass(frozen=True)
 class Point:
@@ -16,7 +18,7 @@ class Point:
     """0 is the base model."""
     rule: str
     """base, prefix, trained or svd."""
-    factors: str
+    factors: FactorSet
     """The factor set, trained or svd; the sweep has it in place before it calls the engine."""
     p: Tensor = field(compare=False, repr=False)
     """The diagonal, shape (R,), float32, on the CPU."""

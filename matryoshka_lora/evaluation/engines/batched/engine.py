@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.core.adapter import AdapterLinear, adapter_layers
+from matryoshka_lora.core.adapter import adapter_layers
 from matryoshka_lora.core.diagonals import powers_of_two
+from matryoshka_lora.core.layer import AdapterLinear
 from matryoshka_lora.evaluation.engines.batched.fused import fused
 from matryoshka_lora.evaluation.engines.batched.stops import StopStrings
 from matryoshka_lora.evaluation.engines.hf import evaluation_mode

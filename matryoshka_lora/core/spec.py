@@ -1,0 +1,32 @@
+"""What a trained adapter is, as far as reading it at a sub-rank needs to know."""
+
+from dataclasses import dataclass
+
+from matryoshka_lora.core.diagonals import check_rank, sub_rank_scale
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The facts that an adapter's file carries, beside its factors."""
+
+    rank: int
+    """R, the rank of the factors."""
+    scaling: str
+    """Which `s_r` the prefix diagonals carry."""
+    p_full: tuple[float, ...]
+    """The method's full diagonal, length R."""
+    trains_prefixes: bool
+    """Whether training itself used `prefix(r)` (DyLoRA, nested dropout): `trained` is `prefix`."""
+    method: str | None = None
+    """The method's name; None for an adapter made without one."""
+    train_ranks: tuple[int, ...] = ()
+    """S, the sub-ranks that training visited; empty where S has no meaning."""
+    gated: bool = False
+    """Whether each layer has a learned factor `lora_gate` (R,) of the diagonal."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a diagonal of another length than R, and an unknown scaling."""
+        check_rank(self.rank, self.rank)
+        sub_rank_scale(self.rank, self.scaling)
+        if len(self.p_full) != self.rank:
+            raise ValueError(f"a diagonal of {len(self.p_full)} entries for rank {self.rank}")

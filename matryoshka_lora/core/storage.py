@@ -1,0 +1,143 @@
+"""An adapter as a file: safetensors, with all that reading it needs in the header."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from matryoshka_lora.core.adapter import _state, adapter_parameters, adapter_spec, set_diagonal
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.spec import AdapterSpec
+
+HEADER = "matryoshka_lora"
+"""The one entry of the file's metadata; safetensors writes several in no fixed order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's file holds: `state` maps `<layer>.<role>` to float32 tensors."""
+
+    spec: AdapterSpec
+    state: dict[str, Tensor]
+    facts: dict[str, Any]
+    """What the writer added, such as the identity of the base model."""
+
+
+def save_adapter(path: Path, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
+    """Write the factors in float32 and the spec, atomically; the same adapter, the same bytes.
+
+    facts: anything else that is to stand in the header, as JSON.
+    """
+    # float32 holds bf16 factors exactly, so nothing is lost for either dtype.
+    state = {
+        name: parameter.detach().float().cpu().contiguous()
+        for name, parameter in adapter_parameters(model).items()
+    }
+    header = {"spec": dataclasses.asdict(adapter_spec(model)), "facts": dict(facts or {})}
+    write_atomically(path, save(state, {HEADER: json.dumps(header, sort_keys=True)}))
+
+
+def read_adapter(path: Path, asked: AdapterSpec | None = None) -> AdapterFile:
+    """Read an adapter's file without a model.
+
+    asked: what the caller takes the adapter for. Files until commit 6b47c28 need it, as they do not
+    say whether training used the prefixes themselves.
+    Raises UserError if it is not one: not safetensors, a header that does not say what the adapter
+    is, factors that are missing, of another rank, or not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an adapter: {error}") from error
+    try:
+        spec, facts = _parse_header(metadata, asked)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no adapter of this project: its header does not say what it is ({error!r})"
+        ) from None
+    _check_state(path, state, spec)
+    return AdapterFile(spec, state, facts)
+
+
+def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load a file into an adapted model, strictly, with the diagonal that it was trained with.
+
+    Returns the facts that the file carries. Raises UserError as `read_adapter` does, and if the
+    method, R, S, scaling, the layers or their shapes are not those of the model's adapters.
+    """
+    asked = adapter_spec(model)
+    file = read_adapter(path, asked)
+    for name in ("rank", "scaling", "gated", "method", "train_ranks"):
+        wanted, found = getattr(asked, name), getattr(file.spec, name)
+        if wanted != found and None not in (wanted, found) and () not in (wanted, found):
+            raise UserError(
+                f"{path} does not fit the model: its {name} is {found}, the model's adapters have "
+                f"{wanted}"
+            )
+    parameters = adapter_parameters(model)
+    if file.state.keys() != parameters.keys():
+        lacking = sorted(parameters.keys() - file.state.keys())
+        extra = sorted(file.state.keys() - parameters.keys())
+        raise UserError(
+            f"{path} does not fit the model: {len(lacking)} tensors missing {lacking[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}"
+        )
+    for name, parameter in parameters.items():
+        if file.state[name].shape != parameter.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(file.state[name].shape)}, "
+                f"the model needs {tuple(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(file.state[name])
+    _state(model).spec = file.spec
+    set_diagonal(model, torch.tensor(file.spec.p_full, dtype=torch.float32))
+    return file.facts
+
+
+def _parse_header(
+    metadata: Mapping[str, str], asked: AdapterSpec | None
+) -> tuple[AdapterSpec, dict[str, Any]]:
+    if HEADER in metadata:
+        header = json.loads(metadata[HEADER])
+        spec = header["spec"]
+        tuples = {name: tuple(spec[name]) for name in ("p_full", "train_ranks")}
+        return AdapterSpec(**(spec | tuples)), dict(header["facts"])
+    if asked is None:
+        raise ValueError("it is of an earlier version, which can be read with its run only")
+    old = AdapterSpec(
+        rank=int(metadata["rank"]),
+        scaling=metadata["scaling"],
+        p_full=tuple(json.loads(metadata["p_full"])),
+        trains_prefixes=asked.trains_prefixes,
+        method=metadata["method"],
+        train_ranks=tuple(json.loads(metadata["train_ranks"])) if asked.train_ranks else (),
+    )
+    base = json.loads(metadata["base_model"])
+    return old, {"run_hash": metadata["run_hash"], "base_model": base}
+
+
+def _check_state(path: Path, state: Mapping[str, Tensor], spec: AdapterSpec) -> None:
+    roles = {"lora_A": 0, "lora_B": 1} | ({"lora_gate": 0} if spec.gated else {})
+    layers = {name.rpartition(".")[0] for name in state}
+    expected = {f"{layer}.{role}" for layer in layers for role in roles}
+    if not layers or state.keys() != expected:
+        raise UserError(f"{path} does not hold {', '.join(roles)} of each of its layers")
+    for name, tensor in state.items():
+        axis = roles[name.rpartition(".")[2]]
+        if tensor.dim() <= axis or tensor.shape[axis] != spec.rank:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, which is not of rank {spec.rank}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds numbers that are not finite")

@@ -1,0 +1,217 @@
+"""What a training method is, and the registry that everything else asks about methods."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from matryoshka_lora.core.diagonals import check_train_ranks
+from matryoshka_lora.core.errors import UserError, nearest
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.methods.hooks import Hooks
+
+# Tells the random stream of the ranks from that of the batch order.
+RANK_STREAM = 1
+DRAWS = ("step", "micro_batch", "sample")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a method's settings, with its meaning, which `python train.py --help` shows."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a method that has none."""
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What a method is told of the adapter: R, S and the scaling s_r."""
+
+    rank: int
+    train_ranks: tuple[int, ...]
+    scaling: str
+
+    def __post_init__(self) -> None:
+        check_train_ranks(self.train_ranks, self.rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """What training asks: the diagonals to choose from, how to choose, and hooks around a step.
+
+    Raises UserError where the fields do not fit each other.
+    """
+
+    diagonals: Tensor
+    """(K, R) float32: the choices."""
+    ranks: tuple[int, ...]
+    """The rank that each choice reads, length K: what the log shows."""
+    p_full: Tensor
+    """(R,) float32: the method's diagonal at full rank."""
+    weights: tuple[float, ...] | None = None
+    """The odds of each choice, length K; None: all alike."""
+    draw: str = "step"
+    """What shares one choice: an optimizer step, a micro-batch or a single sample."""
+    trains_prefixes: bool = False
+    """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
+    gated: bool = False
+    """Whether each layer learns a factor (R,) of its diagonal."""
+    hooks: Hooks = field(default_factory=Hooks)
+
+    def __post_init__(self) -> None:
+        if self.diagonals.dim() != 2 or self.p_full.shape != self.diagonals.shape[1:]:
+            raise UserError(
+                f"a method's diagonals must be (K, R) and p_full (R,), got "
+                f"{tuple(self.diagonals.shape)} and {tuple(self.p_full.shape)}"
+            )
+        if not (self.diagonals.isfinite().all() and self.p_full.isfinite().all()):
+            raise UserError("a method's diagonals hold numbers that are not finite")
+        if len(self.ranks) != len(self.diagonals):
+            raise UserError(
+                f"a method has {len(self.diagonals)} diagonals, but ranks for {len(self.ranks)}"
+            )
+        if self.weights is not None:
+            check_weights(self.weights, self.ranks)
+        if self.draw not in DRAWS:
+            raise UserError(
+                f"method.draw={self.draw} is unknown; allowed: {', '.join(DRAWS)}"
+                f"{nearest(self.draw, DRAWS)}"
+            )
+
+    def choose(self, seed: int, step: int, samples: int, micro_batch: int | None) -> np.ndarray:
+        """The choice of each sample of an effective batch: indices into diagonals, (samples,).
+
+        A pure function of its arguments, so it does not depend on how processes and forwards split
+        the batch. Systematic sampling on the weights, then shuffled: the counts of the draws of a
+        step differ from their expectation by less than one.
+        """
+        if len(self.ranks) == 1:
+            return np.zeros(samples, dtype=np.int64)
+        share = {"step": samples, "micro_batch": micro_batch, "sample": 1}[self.draw]
+        assert share is not None, "checked by config.validate"
+        draws = -(-samples // share)
+        generator = np.random.default_rng([seed, step, RANK_STREAM])
+        points = (np.arange(draws) + generator.random()) / draws
+        weights = np.ones(len(self.ranks)) if self.weights is None else self.weights
+        odds = np.cumsum(weights) / np.sum(weights)
+        chosen = generator.permutation(np.searchsorted(odds, points, side="right"))
+        return np.repeat(np.minimum(chosen, len(self.ranks) - 1), share)[:samples]
+
+
+Build = Callable[[AdapterShape, Any], Method]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A registered method: what commands, reports and grids need to know of it."""
+
+    name: str
+    build: Build
+    settings: type
+    """A dataclass of `setting` fields: the keys of `method` in the config that it reads."""
+    label: str
+    """As tables and legends show it."""
+    colour: str
+    """Of its curves, `#rrggbb`."""
+    marker: str
+    """Of its points, one of matplotlib's."""
+    order: int
+    """Its place among the rows of a table."""
+    baseline: bool
+    """Whether it trains its own R alone: at a smaller R it is a dedicated run, which others are
+    measured against, and its SVD is what tables take differences from."""
+    trains_sub_ranks: bool
+    """Whether S, the trained sub-ranks, means anything to it."""
+
+    def spec(self, shape: AdapterShape, method: Method) -> AdapterSpec:
+        """What reading an adapter of this method needs to know."""
+        return AdapterSpec(
+            rank=shape.rank,
+            scaling=shape.scaling,
+            p_full=tuple(method.p_full.tolist()),
+            trains_prefixes=method.trains_prefixes,
+            method=self.name,
+            train_ranks=shape.train_ranks if self.trains_sub_ranks else (),
+            gated=method.gated,
+        )
+
+
+METHODS: dict[str, MethodInfo] = {}
+"""By name, in the order of tables."""
+
+
+def register(
+    *,
+    label: str,
+    colour: str,
+    marker: str,
+    order: int,
+    settings: type = NoSettings,
+    baseline: bool = False,
+    trains_sub_ranks: bool = True,
+) -> Callable[[Build], Build]:
+    """Make a function of the adapter's shape and the method's settings selectable by its name."""
+
+    def add(function: Build) -> Build:
+        name = function.__name__
+        for setting_field in dataclasses.fields(settings):
+            for other in METHODS.values():
+                for theirs in dataclasses.fields(other.settings):
+                    same = (theirs.type, theirs.default) == (
+                        setting_field.type,
+                        setting_field.default,
+                    )
+                    assert theirs.name != setting_field.name or same, (
+                        f"method.{theirs.name} means one thing to {other.name}, another to {name}"
+                    )
+        METHODS[name] = MethodInfo(
+            name=name,
+            build=function,
+            settings=settings,
+            label=label,
+            colour=colour,
+            marker=marker,
+            order=order,
+            baseline=baseline,
+            trains_sub_ranks=trains_sub_ranks,
+        )
+        return function
+
+    return add
+
+
+def get(name: str) -> MethodInfo:
+    """The method of that name. Raises UserError, with the nearest names, if there is none."""
+    if name not in METHODS:
+        raise UserError(
+            f"method.name={name} is unknown; allowed: {', '.join(METHODS)}{nearest(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+def label(name: str) -> str:
+    """How tables show a method; its name, where a record is of a method that is not known here."""
+    return METHODS[name].label if name in METHODS else name
+
+
+def check_weights(weights: tuple[float, ...], ranks: tuple[int, ...]) -> None:
+    """Raises UserError unless there is a weight >= 0 for each rank, and one above 0."""
+    if len(weights) != len(ranks):
+        raise UserError(
+            f"method.weights has {len(weights)} values for the {len(ranks)} trained sub-ranks "
+            f"{list(ranks)}"
+        )
+    if not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
+        raise UserError(f"method.weights={list(weights)} must be >= 0 with a positive sum")
+
+
+def single(p: Tensor, **fields: Any) -> Method:
+    """A method that trains with one diagonal p (R,) in every step."""
+    return Method(diagonals=p[None], ranks=(len(p),), p_full=p, **fields)

@@ -1,0 +1,39 @@
+"""What a method may do around an optimizer step, outside the captured forward."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Hooks:
+    """Nothing, at each place; a method that does something overrides what it needs.
+
+    The order of a step: gradients are summed over the processes; the gradient of `penalty` is
+    added; `after_backward`; norm and clip; the optimizer's update; `after_update`; gradients are
+    cleared. All processes call the hooks with the same values.
+    """
+
+    def start(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
+    ) -> None:
+        """Before the first step. parameters: `<layer>.<role>` -> parameter; steps: of training."""
+
+    def penalty(self) -> Tensor | None:
+        """A loss of the parameters alone, a scalar, whose gradient is added once a step."""
+        return None
+
+    def after_backward(self, step: int, choice: np.ndarray) -> None:
+        """The summed gradients stand. choice: (samples,), the diagonal that each sample had."""
+
+    def after_update(self, step: int, lr: float) -> None:
+        """The parameters are updated; the clipped gradients still stand."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a resumed training goes on with the same bits."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state; called after `start`."""
