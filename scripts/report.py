@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from matryoshka_lora.cli import run_script
-from matryoshka_lora.config import setting
+from matryoshka_lora.methods import setting
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import find_records, read_record
 
@@ -71,7 +71,7 @@ def records_below(folder: Path) -> list[Path]:
     return [
         path
         for path in find_records(folder, "*.json")
-        if path.parent in runs and path.name == "record.json" or runs.isdisjoint(path.parents)
+        if path.name == "record.json" or runs.isdisjoint(path.parents)
     ]
 
 

@@ -7,10 +7,23 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from matryoshka_lora import methods
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import BASE
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
-from matryoshka_lora.reporting.frame import Metric, lines_of, metrics_of, runs_of, tidy_frame
-from matryoshka_lora.reporting.names import is_baseline, method_label, rule_order
+from matryoshka_lora.reporting.frame import (
+    Metric,
+    grouped,
+    lines_of,
+    metrics_of,
+    runs_of,
+    tidy_frame,
+)
+from matryoshka_lora.reporting.names import is_baseline, rule_place
 from matryoshka_lora.runs.record import Record
+
+_WHOLE = ("trained", "prefix", "svd")
+"""Rules that read the function that was trained where the rank is R and the method a baseline."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,11 @@ def rank_tables(
     R is a rank at which a method other than LoRA was trained, or else the largest; LoRA runs of
     smaller rank stand in it as dedicated runs. `planned` are the resolved configs of all runs that
     there should be; those without a finished record are holes, and so are unfinished records.
-    Raises ValueError as `tidy_frame` does, and if nothing was measured at all.
+    Raises UserError as `tidy_frame` does, and if nothing was measured at all.
     """
     frame = tidy_frame(records, planned)
     tables = []
-    for _, block in frame.groupby(["model", "dataset", "scaling"]):
+    for _, block in grouped(frame, ["model", "dataset", "scaling"]):
         baseline = block["method"].map(is_baseline).astype(bool)
         for rank in sorted(set(block["R"][~baseline]) or {max(block["R"])}):
             members = block[(block["R"] == rank) | (baseline & (block["R"] < rank))]
@@ -109,7 +122,7 @@ def rank_tables(
     if not tables:
         runs = zip(*(runs_of(frame)[column] for column in ("run", "problem")), strict=True)
         state = "; ".join(f"{run}: {problem or 'no rows'}" for run, problem in runs)
-        raise ValueError(f"there is nothing to report yet ({state or 'no records'})")
+        raise UserError(f"there is nothing to report yet ({state or 'no records'})")
     return tables
 
 
@@ -124,7 +137,7 @@ def rank_table(
 ) -> RankTable:
     """One table of all records: a row for each (model, dataset, method, R, scaling, lr, rule).
 
-    LoRA runs of a smaller rank than the largest are dedicated runs. Raises ValueError as
+    LoRA runs of a smaller rank than the largest are dedicated runs. Raises UserError as
     `rank_tables` does, and if no finished record has this metric.
     """
     frame = tidy_frame(records, planned)
@@ -132,7 +145,7 @@ def rank_table(
     found = metrics_of(frame)
     if wanted not in found:
         names = "; ".join(m.label for m in found) or "nothing"
-        raise ValueError(f"no finished record has {wanted.label}; there is: {names}")
+        raise UserError(f"no finished record has {wanted.label}; there is: {names}")
     return _table(frame, wanted)
 
 
@@ -153,7 +166,7 @@ def _table(frame: pd.DataFrame, metric: Metric) -> RankTable:
     points = lines.dropna(subset="value").assign(shown=lambda line: line["value"] * metric.scale)
     rows: list[Curve] = []
     missing: list[str] = []
-    for group, members in runs.groupby("group"):
+    for group, members in grouped(runs, "group"):
         own = points[points["group"] == group]
         if group in dedicated:
             made, gaps = [_dedicated(members, own, labels[group])], list[str]()
@@ -178,16 +191,19 @@ def _labels(groups: pd.DataFrame, dedicated: set[Any]) -> dict[Any, str]:
     """A label for each group: the method, and the settings in which the groups of a table differ.
 
     Settings of the method and the adapter are compared within one method and R, where they mean
-    the same thing; all others over the whole table.
+    the same thing; content within what has the same name; all others over the whole table.
     """
     settings = groups.explode("variant").dropna(subset="variant")
     settings = settings.assign(key=settings["variant"].str[0], value=settings["variant"].str[1])
-    own = settings["key"].astype(str).str.startswith(("method.", "adapter."))
-    scope = ["key", settings["method"].where(own, ""), settings["R"].where(own, 0)]
+    scopes = {"method": ["method", "R"], "adapter": ["method", "R"]}
+    scopes |= {"base": ["model"], "data": ["dataset"]}
+    scope = settings.apply(
+        lambda run: (run["key"], *run[scopes.get(run["key"].partition(".")[0], [])]), axis=1
+    )
     settings = settings[settings.groupby(scope)["value"].transform("nunique") > 1]
     labels = {}
     for group, method, rank in zip(groups["group"], groups["method"], groups["R"], strict=True):
-        label = method_label(method) + (f" dedicated R={rank}" if group in dedicated else "")
+        label = methods.label(method) + (f" dedicated R={rank}" if group in dedicated else "")
         differing = ", ".join(
             f"{key.rpartition('.')[2]}={value.strip(chr(34))}"
             for key, value in settings["variant"][settings["group"] == group]
@@ -198,10 +214,8 @@ def _labels(groups: pd.DataFrame, dedicated: set[Any]) -> dict[Any, str]:
 
 def _absent(runs: pd.DataFrame, points: pd.DataFrame, label: str) -> list[str]:
     """The runs of a group without a single point."""
-    return [
-        f"{_named(run, label)}: {run.problem or 'not evaluated'}"
-        for run in runs[~runs["seed"].isin(points["seed"])].itertuples()
-    ]
+    absent: Any = runs[~runs["seed"].isin(points["seed"])].itertuples()
+    return [f"{_named(run, label)}: {run.problem or 'not evaluated'}" for run in absent]
 
 
 def _named(run: Any, label: str) -> str:
@@ -216,13 +230,15 @@ def _curves(
     evaluated = runs[runs["seed"].isin(points["seed"])]
     curves: list[Curve] = []
     gaps: list[str] = []
-    by_rule = points[points["rank"] > 0].groupby("rule")
-    for rule, found in sorted(by_rule, key=lambda item: rule_order(str(item[0]))):
+    by_rule = grouped(points[points["rank"] > 0], "rule")
+    for rule, found in sorted(by_rule, key=lambda item: (rule_place(item[0]), item[0])):
         # Lines: seeds, columns: ranks, NaN where a seed lacks a rank.
-        scores = found.pivot(index="seed", columns="rank", values="shown").reindex(columns=axis)
+        scores = found.pivot(index="seed", columns="rank", values="shown").reindex(columns=[*axis])
         complete = tuple(rank for rank in axis if scores[rank].notna().all())
         areas = {
-            name: _cell([aurac(complete, seed, name) for seed in scores[[*complete]].to_numpy()])
+            name: _cell(
+                [aurac(complete, seed, name) for seed in scores[[*complete]].to_numpy().tolist()]
+            )
             for name in AXES
             if complete
         }
@@ -232,7 +248,7 @@ def _curves(
                 "curve",
                 runs,
                 label,
-                str(rule),
+                rule,
                 seeds=len(scores),
                 cells=cells,
                 holes=tuple(rank for rank in axis if rank not in cells),
@@ -257,14 +273,11 @@ def _curves(
 def _dedicated(runs: pd.DataFrame, points: pd.DataFrame, label: str) -> Curve:
     """The one point for which a LoRA of smaller R was trained.
 
-    At its own R plain LoRA is the same function under every rule, so one of them serves: `trained`
-    where it was read, or else the first.
+    At its own R plain LoRA is the same function under all of _WHOLE, so the first at hand serves.
     """
     rank = runs["R"].iloc[0]
-    found = points[points["rank"] == rank]
-    found = found.sort_values(
-        "rule", key=lambda rules: rules.map(lambda rule: (rule != "trained", rule_order(rule)))
-    )
+    found = points[(points["rank"] == rank) & points["rule"].isin(_WHOLE)]
+    found = found.sort_values("rule", key=lambda rules: rules.map(_WHOLE.index))
     found = found.drop_duplicates("seed").sort_values("seed")
     return _curve(
         "dedicated",
@@ -284,11 +297,12 @@ def _base_rows(points: pd.DataFrame) -> list[Curve]:
     It has no seed, so equal values of several runs are one measurement.
     """
     curves = []
-    for (model, dataset), found in points[points["rule"] == "base"].groupby(["model", "dataset"]):
+    base = points[points["rule"] == BASE]
+    for (model, dataset), found in grouped(base, ["model", "dataset"]):
         values = found["shown"]
         cell = _cell(values[:1] if values.nunique() == 1 else values)
         curves.append(
-            Curve("base", model, dataset, "base", "base", 0, "", None, "base", 0, 0, {0: cell})
+            Curve("base", model, dataset, "base", "base", 0, "", None, BASE, 0, 0, {0: cell})
         )
     return curves
 
@@ -329,7 +343,7 @@ def _cells(points: pd.DataFrame) -> dict[int, Cell]:
     """By rank, the cell of the points of one rule."""
     return {
         rank: _cell(found["shown"], untrained=bool(found["trained_rank"].eq(False).any()))
-        for rank, found in points.groupby("rank")
+        for rank, found in grouped(points, "rank")
     }
 
 

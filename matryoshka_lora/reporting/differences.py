@@ -9,6 +9,7 @@ import numpy.typing as npt
 from matryoshka_lora.reporting.aurac import AXES, Axis, trapezoid_weights
 from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
 from matryoshka_lora.reporting.curves import Curve, RankTable
+from matryoshka_lora.reporting.frame import grouped
 from matryoshka_lora.reporting.names import is_baseline
 from matryoshka_lora.runs.record import decode_scores
 
@@ -78,8 +79,7 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
 def _columns(curve: Curve, table: RankTable) -> dict[Column, Scores]:
     """By rank and axis, the shown scores (seeds, documents), where all seeds have them."""
     found: dict[Column, Scores] = {}
-    by_rank = curve.points.groupby("rank") if curve.seeds else ()
-    for rank, points in by_rank:
+    for rank, points in grouped(curve.points, "rank") if curve.seeds else ():
         scores = [_scores(*pair) for pair in zip(points["scores"], points["value"], strict=True)]
         kept = [seed for seed in scores if seed is not None]
         if len(kept) == curve.seeds:

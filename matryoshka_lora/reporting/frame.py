@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from matryoshka_lora.reporting.names import method_order, place
+from matryoshka_lora.config import COLUMNS, read_config, variant
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.reporting.names import method_place, place
 from matryoshka_lora.runs.record import Record, Row
 
 RUN_COLUMNS = (
@@ -25,6 +27,10 @@ RUN_COLUMNS = (
     "problem",
 )
 ROW_COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+CONTENT = ("base", "data")
+"""Keys of a variant that stand for the content of model and data, which a plan does not know."""
+
+Variant = tuple[tuple[str, str], ...]
 
 _METRIC_ORDER = ("exact_match", "acc", "acc_norm")
 _FILTER_ORDER = ("strict-match", "none", None, "flexible-extract")
@@ -98,33 +104,42 @@ def tidy_frame(
         group: a number; runs that differ in nothing but the seed share it. Lines are ordered by
             it, then by seed: model, dataset, scaling, method, falling R, rising lr.
         model, dataset, method, R, scaling, lr, seed: its settings.
-        variant: the other settings that may change what is trained, as sorted (key, JSON) pairs.
+        variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
+            pairs.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
     Those of a row (`ROW_COLUMNS`) are the fields of `Row`, all missing where a run has no rows; the
     scores stay encoded. `value` is a float (NaN: not measured), all other columns are objects.
 
     planned: resolved configs of all runs that there should be; one that has a record is that
-    record. unfinished: take the rows of records that are not finished, too.
-    Raises ValueError for a config that lacks a setting tables need, and for two records of one run.
+    record. They are taken to train on the same content as the records of the same settings.
+    unfinished: take the rows of records that are not finished, too.
+    Raises UserError for a config that lacks a setting tables need, and for two records of one run.
     """
     runs: dict[tuple[Any, int], tuple[dict[str, Any], list[Row]]] = {}
     for record in records:
         complete = unfinished or record.status == "finished"
-        run = _run(record.name, record.config, None if complete else _problem(record))
+        found = _variant(record.name, record.config, record.model, record.data.get("fingerprint"))
+        problem = None if complete else _problem(record)
+        run = _run(record.name, record.config, found, problem)
         twin, _ = runs.setdefault(_key(run), (run, record.rows if complete else []))
         if twin is not run:
-            raise ValueError(
+            raise UserError(
                 f"two records hold the same run, {twin['run']!r} and {run['run']!r}: take one "
                 "away, or its seed would count twice"
             )
+    recorded: dict[Any, Variant] = {}
+    for key in sorted(runs):
+        recorded.setdefault(_settings(runs[key][0]), runs[key][0]["variant"])
     for number, config in enumerate(planned or (), start=1):
-        run = _run(f"planned run {number}", config, "no record")
+        name = f"planned run {number}"
+        run = _run(name, config, _variant(name, config, {}, None), "no record")
+        run["variant"] = recorded.get(_settings(run), run["variant"])
         runs.setdefault(_key(run), (run, []))
     numbers = {group: n for n, group in enumerate(sorted({group for group, _ in runs}))}
     lines = [
         {**run, "group": numbers[key[0]], **({} if row is None else vars(row))}
         for key, (run, rows) in sorted(runs.items(), key=lambda item: item[0])
-        for row in (rows or [None])
+        for row in rows or [None]  # type: ignore[list-item]
     ]
     frame = pd.DataFrame(lines, columns=[*RUN_COLUMNS, *ROW_COLUMNS], dtype=object)
     return frame.astype({"value": float})
@@ -133,6 +148,11 @@ def tidy_frame(
 def runs_of(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a run, with the columns of a run."""
     return frame.drop_duplicates(["group", "seed"])[list(RUN_COLUMNS)]
+
+
+def grouped(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """(value or values of `by`, their lines) in the order of the values."""
+    return iter(frame.groupby(by))
 
 
 def metrics_of(frame: pd.DataFrame) -> list[Metric]:
@@ -148,12 +168,14 @@ def lines_of(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return frame[[key == metric for key in keys]]
 
 
-def _run(name: str, config: Mapping[str, Any], problem: str | None) -> dict[str, Any]:
+def _run(
+    name: str, config: Mapping[str, Any], variant: Variant, problem: str | None
+) -> dict[str, Any]:
     def setting(key: str) -> Any:
         value: Any = config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise ValueError(f"the config of run {name!r} lacks '{key}'; tables need it")
+                raise UserError(f"the config of run {name!r} lacks '{key}'; tables need it")
             value = value[part]
         return value
 
@@ -166,7 +188,7 @@ def _run(name: str, config: Mapping[str, Any], problem: str | None) -> dict[str,
         "scaling": str(setting("adapter.scaling")),
         "lr": float(setting("trainer.lr")),
         "seed": int(setting("seed")),
-        "variant": tuple(sorted(_variant(config).items())),
+        "variant": variant,
         "problem": problem,
     }
 
@@ -178,7 +200,7 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, int]:
         run["model"],
         run["dataset"],
         run["scaling"],
-        method_order(run["method"]),
+        method_place(run["method"]),
         run["method"],
         -run["R"],
         (undecided, 0.0 if undecided else run["lr"]),
@@ -193,53 +215,35 @@ def _problem(record: Record) -> str:
     return f"{record.status}: {record.error.strip().splitlines()[0][:100]}"
 
 
-# Two runs that differ in these sections of the config are never pooled as seeds of one row, ...
-_VARIANT_SECTIONS = ("model", "dataset", "method", "adapter", "trainer")
-# ... except for what has a column of its own, or changes how a run is computed but not its result
-# (as in config.run_hash).
-_NOT_A_VARIANT = {
-    "model.name",
-    "model.path",
-    "model.trust_remote_code",
-    "dataset.name",
-    "dataset.path",
-    "dataset.revision",
-    "method.name",
-    "adapter.rank",
-    "adapter.scaling",
-    "trainer.lr",
-    "trainer.max_tokens",
-    "trainer.packed",
-    "trainer.save_every",
-    "trainer.gradient_checkpointing",
-    "trainer.compile",
-    "trainer.cuda_graphs",
-    "trainer.dry_run",
-}
-# Settings that only one method reads.
-_READ_BY = {
-    "method.draw": "dylora",
-    "method.frozen": "dylora",
-    "method.normalise": "matryoshka",
-}
+def _settings(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The group of a run but for the content that it was made from."""
+    pairs = tuple(pair for pair in run["variant"] if pair[0] not in CONTENT)
+    return _key({**run, "variant": pairs})[0]
 
 
-def _variant(config: Mapping[str, Any]) -> dict[str, str]:
-    """Settings without a column of their own that may change what was trained."""
-    method = config["method"]["name"]
-    found: dict[str, str] = {}
+def _variant(
+    name: str, config: Mapping[str, Any], model: Mapping[str, Any], fingerprint: str | None
+) -> Variant:
+    """Settings without a column of their own that may change what is trained.
 
-    def collect(key: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for name, entry in value.items():
-                collect(f"{key}.{name}", entry)
-        elif key not in _NOT_A_VARIANT and _READ_BY.get(key, method) == method:
-            found[key] = json.dumps(value, default=str)
+    A config of another version, or of a method that is not known here, counts with all its
+    settings, so that its runs are rather kept apart than pooled.
+    """
+    try:
+        found = variant(read_config(config, name), model, fingerprint)
+    except UserError:
+        found = {
+            key: json.dumps(value, default=str)
+            for section in ("model", "dataset", "method", "adapter", "trainer")
+            for key, value in _flat(section, config.get(section, {}))
+            if key not in (*COLUMNS, "model.name", "dataset.name")
+        }
+    return tuple(sorted(found.items()))
 
-    for section in _VARIANT_SECTIONS:
-        collect(section, config.get(section, {}))
-    if method == "lora":
-        found.pop("adapter.train_ranks", None)  # LoRA trains no sub-ranks
-    if found.get("method.draw") != '"micro_batch"':
-        found.pop("trainer.micro_batch", None)  # only cuts a batch, unless each cut draws
-    return found
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _flat(f"{key}.{name}", entry)
+    else:
+        yield key, value

@@ -1,45 +1,33 @@
-"""What reports know of methods and rules: labels, order and line styles, also of unknown names."""
+"""What reports ask the registries of methods and rules, also about names that are not in them.
+
+Records of another version may hold methods and rules that this one does not know: they come last
+and are shown by their name.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from matryoshka_lora.runs import record
-
-RULES = [rule for rule in record.RULES if rule != "base"]
-
-METHOD_LABELS = {
-    "lora": "LoRA",
-    "dylora": "DyLoRA",
-    "nested_dropout": "nested dropout",
-    "matryoshka": "MatryoshkaLoRA",
-}
-_METHOD_STYLE = {
-    "lora": ("#0072B2", "o"),
-    "dylora": ("#E69F00", "s"),
-    "nested_dropout": ("#009E73", "^"),
-    "matryoshka": ("#CC3311", "D"),
-}
+from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.methods import METHODS
 
 
 def place(name: Any, order: Sequence[Any]) -> int:
+    """The index of a name in an order; what is not in it comes last."""
     return order.index(name) if name in order else len(order)
 
 
-def method_label(method: str) -> str:
-    return METHOD_LABELS.get(method, method)
+def method_place(method: str) -> int:
+    return place(method, list(METHODS))
 
 
-def method_order(method: str) -> int:
-    return place(method, tuple(METHOD_LABELS))
+def rule_place(rule: str) -> int:
+    return place(rule, list(RULES))
 
 
 def is_baseline(method: str) -> bool:
-    return method == "lora"
+    return method in METHODS and METHODS[method].baseline
 
 
 def method_style(method: str) -> tuple[str, str] | None:
-    return _METHOD_STYLE.get(method)
-
-
-def rule_order(rule: str) -> tuple[int, str]:
-    return (place(rule, RULES), rule)
+    """Colour and marker of a known method."""
+    return (METHODS[method].colour, METHODS[method].marker) if method in METHODS else None

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.curves import Curve, RankTable
-from matryoshka_lora.reporting.names import method_style, rule_order
+from matryoshka_lora.reporting.names import method_style, rule_place
 
 # For methods without a style of their own, and for further variants of a method in one table; of
 # Okabe and Ito's palette, told apart by all common kinds of colour vision.
@@ -167,7 +167,7 @@ def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> Non
         marker=marker,
         markersize=4,
         linewidth=1.6,
-        linestyle=_DASHES[min(rule_order(rules[0])[0], len(_DASHES) - 1)],
+        linestyle=_DASHES[min(rule_place(rules[0]), len(_DASHES) - 1)],
         alpha=_opacity(table, curve),
         label=label,
     )
