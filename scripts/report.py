@@ -12,25 +12,25 @@ others are named as missing. The folder may also be given without `records=`.
 import dataclasses
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from matryoshka_lora.cli import run_script
-from matryoshka_lora.methods import setting
+from matryoshka_lora.cli import option, run_script
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.reporting import write_report
+from matryoshka_lora.runs.folder import RECORD, RunFolder
 from matryoshka_lora.runs.record import find_records, read_record
 
 
 @dataclasses.dataclass
 class Options:
-    records: str = setting("results/records", "folder of committed records, or of runs")
-    output: str | None = setting(None, "gets tables/ and figures/; null: the folder above records")
+    """The command line."""
+
+    records: str = option(
+        "results/records", "folder of committed records, or of runs", positional=True
+    )
+    output: str | None = option(None, "gets tables/ and figures/; null: the folder above records")
 
 
-def main(arguments: list[str]) -> None:
-    given = [text if "=" in text else f"records={text}" for text in arguments]
-    node = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(given))
-    options = OmegaConf.to_object(node)
-    assert isinstance(options, Options)
+def main(options: Options) -> None:
+    """Raises what `report` raises."""
     folder = Path(options.records)
     for path in report(folder, folder.parent if options.output is None else Path(options.output)):
         print(path, flush=True)
@@ -39,15 +39,15 @@ def main(arguments: list[str]) -> None:
 def report(folder: Path, output: Path) -> list[Path]:
     """Write the report of every table that `folder` holds; returns the paths.
 
-    Raises ValueError if there is no folder with records, or one of them is not valid.
+    Raises UserError if there is no folder with records, or one of them is not valid.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of records or runs")
+        raise UserError(f"{folder} is not a folder of records or runs")
     tables = find_tables(folder)
     if not tables:
-        raise ValueError(
+        raise UserError(
             f"no records below {folder}: expected {folder}/<table>/.../*.json, or runs with their "
-            "record.json"
+            f"{RECORD}"
         )
     written = []
     for name, paths in tables.items():
@@ -67,17 +67,18 @@ def find_tables(folder: Path) -> dict[str, list[Path]]:
 
 def records_below(folder: Path) -> list[Path]:
     """Every JSON file, but in a run's folder, where other tools write JSON too, only the record."""
-    runs = {path.parent for path in find_records(folder)}
+    names = (RECORD, RunFolder(folder).config.name)
+    runs = {path.parent for name in names for path in folder.rglob(name)}
     return [
         path
         for path in find_records(folder, "*.json")
-        if path.name == "record.json" or runs.isdisjoint(path.parents)
+        if path.name == RECORD or runs.isdisjoint(path.parents)
     ]
 
 
 def is_of_a_run(path: Path) -> bool:
     """Whether the record lies in a run's folder as train.py makes it."""
-    return path.name == "record.json" and (path.parent / "config.yaml").is_file()
+    return path.name == RECORD and RunFolder(path.parent).config.is_file()
 
 
 if __name__ == "__main__":

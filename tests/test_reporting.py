@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.reporting import (
     format_run_table,
     plot_tables,
@@ -21,7 +22,7 @@ from matryoshka_lora.reporting import (
 from matryoshka_lora.reporting.differences import differences
 from matryoshka_lora.reporting.frame import tidy_frame
 from matryoshka_lora.reporting.plots import _drawn
-from matryoshka_lora.runs.record import Record, Row, read_record, write_record
+from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -447,6 +448,9 @@ def test_the_script_on_ones_own_runs(grid, tmp_path):
         (folder / "wandb" / "files" / "wandb-summary.json").write_text("{}")
         (folder / "config.yaml").touch()
         write_record(folder / "record.json", one)
+    (runs / "stopped" / "wandb").mkdir(parents=True)  # before its first record
+    (runs / "stopped" / "config.yaml").touch()
+    (runs / "stopped" / "wandb" / "wandb-metadata.json").write_text("{}")
     done = report("records=results/runs", "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = write_report("runs", grid, tmp_path / "expected")

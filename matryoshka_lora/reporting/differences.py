@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from matryoshka_lora.evaluation.rows import decode_scores
 from matryoshka_lora.reporting.aurac import AXES, Axis, trapezoid_weights
 from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
 from matryoshka_lora.reporting.curves import Curve, RankTable
 from matryoshka_lora.reporting.frame import grouped
 from matryoshka_lora.reporting.names import is_baseline
-from matryoshka_lora.runs.record import decode_scores
 
 Scores = npt.NDArray[np.float64]
 Column = int | Axis

@@ -10,8 +10,9 @@ import pandas as pd
 
 from matryoshka_lora.config import COLUMNS, read_config, variant
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.reporting.names import method_place, place
-from matryoshka_lora.runs.record import Record, Row
+from matryoshka_lora.runs.record import Record
 
 RUN_COLUMNS = (
     "run",
