@@ -16,6 +16,13 @@ class Hooks:
     cleared. All processes call the hooks with the same values.
     """
 
+    def initialise(self, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+        """Draw the start of the parameters, where the method has one of its own.
+
+        parameters: `<layer>.<role>` -> parameter. Draws come from a generator on the CPU of its
+        own, in the order of the names, so that they do not depend on device or process.
+        """
+
     def start(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
     ) -> None:
@@ -30,6 +37,13 @@ class Hooks:
 
     def after_update(self, step: int, lr: float) -> None:
         """The parameters are updated; the clipped gradients still stand."""
+
+    def importance(self) -> dict[str, Tensor]:
+        """Layer -> (R,), how much each component matters; it is saved with the adapter.
+
+        Empty where the method has none, and the singular values tell.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed training goes on with the same bits."""
