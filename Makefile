@@ -8,7 +8,7 @@ GPUS ?=
 SEEDS ?=
 LRS ?=
 DRY ?=
-# Further Hydra overrides: make reproduce-table2 ARGS="dataset.path=data/gsm8k eval.data_path=data"
+# Further options: make reproduce-table2 ARGS="dataset.path=data/gsm8k eval.data_path=data"
 ARGS ?=
 
 VENV := .venv
@@ -63,6 +63,7 @@ reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded d
 reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
 
+# Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_training.py $(ARGS)
 

@@ -7,7 +7,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from matryoshka_lora.cli import exit_with_one_line, show_help
+from matryoshka_lora.cli import exit_with_one_line, past_hydra, show_help
 from matryoshka_lora.config import Config, build_config
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -15,9 +15,10 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(node: DictConfig) -> None:
-    from matryoshka_lora.pipeline import run
+    with past_hydra():
+        from matryoshka_lora.pipeline import run
 
-    run(build_config(node))
+        run(build_config(node))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ _WHERE = {
     "at_rank": "core.adapter",
     "diagonal": "core.adapter",
     "load_adapter": "core.storage",
-    "load_run": "load_run",
+    "load_run": "loading",
     "lora_diagonal": "core.diagonals",
     "matryoshka_diagonal": "core.diagonals",
     "prefix_diagonal": "core.diagonals",

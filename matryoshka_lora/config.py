@@ -434,19 +434,6 @@ def check_output(folder: Path) -> None:
         ) from None
 
 
-def run_folder(config: Config, hash8: str) -> Path:
-    """`<output_dir>/runs/<dataset>/<model>/<method>-r<R>-<scaling>/lr<lr>-seed<seed>-<hash>`."""
-    adapter = config.adapter
-    return (
-        Path(config.output_dir)
-        / "runs"
-        / config.dataset.name
-        / short_name(config.model.name)
-        / f"{config.method.name}-r{adapter.rank}-{adapter.scaling}"
-        / f"lr{config.trainer.lr:g}-seed{config.seed}-{hash8}"
-    )
-
-
 def short_name(model: str) -> str:
     """The last segment of a hub name, as folders and tables show it."""
     return model.rstrip("/").rpartition("/")[2]

@@ -1,40 +1,37 @@
 """A sub-rank of a finished run as a plain PEFT adapter, or merged into the base weights.
 
-Both need nothing of this package to be read. A sub-rank of a nested adapter is a LoRA of that rank:
-its first r rows and columns and one number, which PEFT writes as `lora_alpha` over r (or over
-sqrt(r)). Where the diagonal is not one number it is folded into A.
+Both can be read without this package. A sub-rank of a nested adapter is a LoRA of that rank: the
+first r rows of A, the first r columns of B and one number, which PEFT writes as `lora_alpha` over r
+(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it.
 """
 
 import dataclasses
 import json
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka_lora.config import Config, adapter_spec_of
-from matryoshka_lora.core.adapter import principal_factors
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
-from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.rules import RULES, read
-from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.loading import TrainedRun, check_base, read_factors
 from matryoshka_lora.models import (
     DTYPES,
     EMBEDDED,
     PROVENANCE,
     load_model,
     load_tokenizer,
-    model_identity,
 )
-from matryoshka_lora.runs.record import Record, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +45,6 @@ PEFT_SCALE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """What a finished training left: `factors` maps a layer's name to (A (R, in), B (out, R))."""
-
-    folder: Path
-    config: Config
-    record: Record
-    spec: AdapterSpec
-    factors: dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
 class SubRank:
     """The update `scale * B A` of each layer: A (r, in), B (out, r), one scale for all of them."""
 
@@ -67,87 +53,69 @@ class SubRank:
     """Which `s_r` the scale is: "none", "sqrt" or "rank"."""
 
 
-def read_run(folder: Path, model_path: str | None = None) -> TrainedRun:
-    """Read the record and the factors of a run's folder.
-
-    model_path: the base model's folder, where the recorded one is on another machine.
-    Raises ValueError if the run is not there, has not finished training, or is not whole.
-    """
-    if not (folder / "record.json").is_file():
-        raise ValueError(f"run={folder} holds no record.json, so it is no folder of a run")
-    record = read_record(folder / "record.json")
-    path = folder / "adapter.safetensors"
-    if record.status == "training" or not path.is_file():
-        raise ValueError(
-            f"run={folder} has not finished training (status {record.status}, "
-            f"{path.name} {'there' if path.is_file() else 'missing'}); run its command again first"
-        )
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record.config))
-    assert isinstance(config, Config)
-    if model_path is not None:
-        config.model.path = model_path
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an adapter: {error}") from error
-    layers = sorted({name.rpartition(".")[0] for name in state})
-    expected = {f"{layer}.{factor}" for layer in layers for factor in ("lora_A", "lora_B")}
-    if not layers or state.keys() != expected:
-        raise ValueError(f"{path} does not hold lora_A and lora_B of each of its layers")
-    factors = {layer: (state[f"{layer}.lora_A"], state[f"{layer}.lora_B"]) for layer in layers}
-    return TrainedRun(folder, config, record, adapter_spec_of(config), factors)
-
-
 def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
-    """The factors that `rule` reads at `rank`, in float32. Raises ValueError for unknown ones."""
+    """The factors that `rule` reads at `rank`, in float32.
+
+    Raises UserError for an unknown rank or rule, and where the adapter file is not the run's.
+    """
     if rule not in RULES:
-        raise ValueError(
+        raise UserError(
             f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
         )
     try:
         check_rank(rank, run.spec.rank)
     except ValueError as error:
-        raise ValueError(f"{error}; allowed: 1 to {run.spec.rank}") from None
+        raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
     if trained_rank(run, rank, rule) is False:
         logger.warning(
             "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
         )
-    reading = read(run.spec, rank, rule)
-    factor_set, p = reading.factors, reading.p[:rank]
-    # One number at every row is a scale of PEFT's; anything else goes into A.
-    exact = (name for name in PEFT_SCALE if torch.equal(p, prefix_diagonal(rank, rank, name)))
-    scaling = next(exact, None)
-    factors = {}
-    for name, (A, B) in run.factors.items():
-        if factor_set == "svd":
-            A, B = principal_factors(A, B, torch.tensor(run.spec.p_full))
-        A = A[:rank] if scaling is not None else A[:rank] * p[:, None]
+    file = read_factors(run)
+    reading = read(file.spec, rank, rule)
+    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, parameter in file.state.items():
+        layer, _, role = name.rpartition(".")
+        layers[layer][role] = parameter
+    found, diagonals = {}, {}
+    for name in sorted(layers):
+        read_here = factors_of(layers[name], file.spec, reading.factors)
+        gate = read_here.get("lora_gate")
+        diagonals[name] = (reading.p if gate is None else reading.p * gate)[:rank]
         # Copies: a slice of B is not contiguous, and safetensors refuses views of one tensor.
-        factors[name] = (A.contiguous().clone(), B[:, :rank].contiguous().clone())
-    return SubRank(factors, scaling or "none")
+        found[name] = (
+            read_here["lora_A"][:rank].contiguous().clone(),
+            read_here["lora_B"][:, :rank].contiguous().clone(),
+        )
+    # A diagonal of one number, the same in all layers, is a scale of PEFT's.
+    for scaling in PEFT_SCALE:
+        p = prefix_diagonal(rank, rank, scaling)
+        if all(torch.equal(own, p) for own in diagonals.values()):
+            return SubRank(found, scaling)
+    multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
+    return SubRank(multiplied, "none")
 
 
 def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
-    """Whether training visited this sub-rank; None for svd, where every rank is valid."""
-    return None if rule == "svd" else rank in run.config.train_ranks
+    """Whether the rank is in S; None where the rule reads the SVD, which is valid at every rank."""
+    factors = read(run.spec, rank, rule).factors
+    return None if factors == "svd" else rank in run.config.train_ranks
 
 
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    Raises ValueError for an unknown rank or rule, if `out` exists and is not empty, and without the
+    Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and without the
     package peft.
     """
     try:
         from peft import LoraConfig
     except ImportError:
-        raise ValueError("format=peft needs the package peft: pip install peft") from None
+        raise UserError("format=peft needs the package peft: pip install peft") from None
 
-    read = sub_rank(run, rank, rule)
-    alpha, rslora = PEFT_SCALE[read.scaling]
+    sub = sub_rank(run, rank, rule)
+    alpha, rslora = PEFT_SCALE[sub.scaling]
     state = {}
-    for name, (A, B) in read.factors.items():
+    for name, (A, B) in sub.factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
     with _new_folder(out) as folder:
@@ -156,7 +124,7 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
             r=rank,
             lora_alpha=alpha(rank),
             use_rslora=rslora,
-            target_modules=sorted({name.rpartition(".")[2] for name in read.factors}),
+            target_modules=sorted({name.rpartition(".")[2] for name in sub.factors}),
             task_type="CAUSAL_LM",
             inference_mode=True,
             base_model_name_or_path=_base_of(run.config),
@@ -176,20 +144,20 @@ def export_merged(
     """Write the base model with `W0 + scale * B A` in place of each adapted weight, and tokenizer.
 
     The sum is formed in float32 and rounded once, to `dtype` (float32 or bfloat16; None: that of
-    the run's model). Raises ValueError for an unknown rank, rule or dtype, if `out` exists and is
+    the run's model). Raises UserError for an unknown rank, rule or dtype, if `out` exists and is
     not empty, if the base model is not the one that was trained on, or if an adapted weight is tied
     to another one, which merging would change too.
     """
     dtype = run.config.model.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype} is unknown; allowed: {', '.join(DTYPES)}")
-    read = sub_rank(run, rank, rule)
+        raise UserError(f"dtype={dtype} is unknown; allowed: {', '.join(DTYPES)}")
+    sub = sub_rank(run, rank, rule)
     with _new_folder(out) as folder:
         tokenizer = load_tokenizer(run.config.model)
-        _check_base(run)
+        check_base(run)
         model = load_model(run.config.model, torch.device(device))
-        scale = sub_rank_scale(rank, read.scaling)
-        for name, (A, B) in read.factors.items():
+        scale = sub_rank_scale(rank, sub.scaling)
+        for name, (A, B) in sub.factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), name
             _check_untied(model, name)
@@ -209,19 +177,6 @@ def _base_of(config: Config) -> str:
     return str(EMBEDDED) if config.model.name == "tiny" else config.model.name
 
 
-def _check_base(run: TrainedRun) -> None:
-    """Raises ValueError if what tells base models apart differs from what the run recorded."""
-    now = model_identity(run.config.model)
-    for key in ("config_sha256", "weights_sha256", "revision"):
-        before = run.record.model.get(key)
-        if None not in (before, now[key]) and before != now[key]:
-            raise ValueError(
-                f"the base model {_base_of(run.config)} is not the one that run={run.folder} was "
-                f"trained on: {key} is {now[key]}, the record says {before}; give the right one "
-                "with model_path=FOLDER"
-            )
-
-
 def _check_untied(model: nn.Module, name: str) -> None:
     weight = model.get_submodule(name).weight
     tied = [
@@ -230,7 +185,7 @@ def _check_untied(model: nn.Module, name: str) -> None:
         if parameter is weight and other != f"{name}.weight"
     ]
     if tied:
-        raise ValueError(
+        raise UserError(
             f"{name}.weight is tied to {', '.join(tied)}, so merging would change both; "
             "use format=peft"
         )
@@ -241,7 +196,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when the block ends well and vanishes when it does not."""
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} exists and is not an empty folder; choose another one")
+        raise UserError(f"out={out} exists and is not an empty folder; choose another one")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

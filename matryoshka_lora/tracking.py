@@ -1,8 +1,8 @@
 """Weights & Biases, or nothing, behind one small interface.
 
-The files of a run stay the source of truth; W&B only mirrors them. A run that is started again goes
-on under the same W&B id, which is the run's hash. Online W&B does the joining itself: steps that it
-already has are not taken a second time. Offline each start leaves a folder of its own under
+A run's own files are complete without W&B, which only receives copies of their numbers. A run that
+is started again continues under the same W&B id, which is the run's hash. Online, W&B ignores the
+steps that it already has. Offline, each start writes a folder of its own below
 `<run folder>/wandb/`; as all of them carry the run's id,
 
     wandb sync <run folder>/wandb/offline-run-*
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from matryoshka_lora.config import Config, build_method, short_name
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
 from matryoshka_lora.runs.record import Record, Row, RowKey
 
@@ -31,22 +32,22 @@ class Tracker:
     """Tracking turned off: every call does nothing."""
 
     def step(self, row: dict[str, Any]) -> None:
-        """A row of `train.jsonl`."""
+        """Takes the numbers of an optimizer step: a line of the training log."""
 
     def rows(self, rows: Sequence[Row]) -> None:
-        """Rows of the sweep measured so far; those shown before are not shown again."""
+        """Takes all rows of the record so far and logs those that were not logged before."""
 
     def finish(self, record: Record, figure: Path | None) -> None:
-        """The sweep is done: its curves, the table of all rows, AURAC and the plot as an image."""
+        """Logs the end of the sweep: all rows as curves and as a table, AURAC, and the plot."""
 
     def close(self, exit_code: int = 0) -> None:
         """Nothing more follows; an exit code other than 0 marks the run as failed."""
 
 
 def make_tracker(config: Config, run_hash: str, folder: Path, main_process: bool) -> Tracker:
-    """The tracker that the config names; on other than the main process the one that does nothing.
+    """The tracker that the config names; on all processes but the main one, one that does nothing.
 
-    Raises ValueError if the run's wandb folder cannot be written or W&B refuses to start, such as
+    Raises UserError if the run's wandb folder cannot be written or W&B refuses to start, such as
     without an API key.
     """
     if config.tracking.name == "none" or not main_process:
@@ -55,7 +56,7 @@ def make_tracker(config: Config, run_hash: str, folder: Path, main_process: bool
 
 
 def run_group(config: Config) -> str:
-    """What the seeds and learning rates of one setting share, as in the paper's code."""
+    """The name of the W&B group that runs share which differ in seed and learning rate only."""
     adapter = config.adapter
     return "-".join(
         [
@@ -71,7 +72,7 @@ def run_group(config: Config) -> str:
 def curve_name(
     task: str, shots: int, metric: str, answer_filter: str | None, limit: int | None = None
 ) -> str:
-    """`gsm8k-3shot/exact_match-strict-match`: what one rank-accuracy curve is about."""
+    """The name of a rank-accuracy curve, such as `gsm8k-3shot/exact_match-strict-match`."""
     documents = "" if limit is None else f"-first{limit}"
     extracted = "" if answer_filter is None else f"-{answer_filter}"
     return f"{task}-{shots}shot{documents}/{metric}{extracted}"
@@ -104,7 +105,7 @@ class WandbTracker(Tracker):
                 config=dataclasses.asdict(config),
             )
         except wandb.errors.Error as error:
-            raise ValueError(
+            raise UserError(
                 f"tracking=wandb cannot start: {str(error).rstrip('. ')}. Run `wandb login` or set "
                 "WANDB_API_KEY; without network set tracking.mode=offline, or tracking=none"
             ) from error
@@ -116,7 +117,7 @@ class WandbTracker(Tracker):
         self.run.log(self._curves(row), step=row["step"], commit=True)
 
     def _curves(self, row: dict[str, Any]) -> dict[str, float]:
-        """`train/<name>` -> number; lists become one number a block of rows or a drawn rank."""
+        """`train/<name>` -> number; of a list, one for each block of ranks or each drawn rank."""
         curves: dict[str, float] = {}
         for name, value in row.items():
             if name == "block_grad_norms":
@@ -190,7 +191,7 @@ def _check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"tracking=wandb: {folder} cannot be written ({error.strerror}); free it, choose "
             "another output_dir, or set tracking=none"
         ) from None

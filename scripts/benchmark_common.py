@@ -12,26 +12,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import PreTrainedModel
 
 from matryoshka_lora.cli import environment_of_children
 from matryoshka_lora.core.adapter import adapter_layers
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
-from matryoshka_lora.data import Example
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.runs.provenance import environment
 
 logger = logging.getLogger(__name__)
 
-Options = TypeVar("Options")
-
 SCHEMA = 2
+LOCAL, COMMITTED = "results/benchmarks-local", "results/benchmarks"
 FOLDERS = ("run", "data_path", "output")
 SHAPES = {
     "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
@@ -49,14 +48,6 @@ LOG_STD = (0.32, 0.39)
 CORRELATION = 0.55
 LONGEST = (220, 310, 464)
 """Of a question, an answer, and both together."""
-
-
-def parse(kind: type[Options], arguments: Sequence[str]) -> Options:
-    """`key=value` arguments as an instance of the dataclass `kind`; omegaconf's errors if wrong."""
-    given = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_cli(list(arguments)))
-    options = OmegaConf.to_object(given)
-    assert isinstance(options, kind)
-    return options
 
 
 def settings_of(options: Any) -> dict[str, Any]:
@@ -156,7 +147,7 @@ def training_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float
 def read_entries(folder: Path, benchmark: str) -> dict[str, Any]:
     """The entries of `<folder>/<benchmark>.json` by `<key> on <device>`; none if there is no file.
 
-    Raises ValueError for a file that is something else, or of another version of this project.
+    Raises UserError for a file that is something else, or of another version of this project.
     """
     path = folder / f"{benchmark}.json"
     if not path.exists():
@@ -167,7 +158,7 @@ def read_entries(folder: Path, benchmark: str) -> dict[str, Any]:
             return dict(found["entries"])
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(
+    raise UserError(
         f"{path} is not a record of this benchmark in format {SCHEMA}; move it away, or give "
         "another folder as output=..."
     )

@@ -34,12 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark_common import (
+    COMMITTED,
+    LOCAL,
     SHAPES,
     fill_factors,
     gsm8k_lengths,
     matmul_rate,
     merge_entry,
-    parse,
     read_entries,
     run_each,
     settings_of,
@@ -57,27 +58,23 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from matryoshka_lora.cli import run_script
+from matryoshka_lora.cli import as_arguments, option, run_script
 from matryoshka_lora.config import Config, build_config, validate
 from matryoshka_lora.core.adapter import adapter_spec, use_factors
 from matryoshka_lora.core.diagonals import powers_of_two
-from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.sweep import answers_of, plan_points, run_sweep
+from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
+from matryoshka_lora.evaluation.prefetch import answers_of
+from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.methods import setting
-from matryoshka_lora.models import DTYPES
-from matryoshka_lora.pipeline import (
-    ADAPTER,
-    RECORD,
-    build_adapted_model,
-    load_own_and_harness_tasks,
-    load_tokenizer,
-    make_accelerator,
-)
+from matryoshka_lora.models import DTYPES, load_tokenizer
+from matryoshka_lora.processes import build_adapted_model, make_accelerator
+from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import read_record
 from matryoshka_lora.training.loop import peak_gib, reset_peak
 
@@ -109,39 +106,38 @@ Answers = dict[tuple[Point, Request], Output]
 
 @dataclass
 class Options:
-    shape: str | None = setting(None, f"{', '.join(SHAPES)}; null: all of this machine")
-    shots: int = setting(3, "examples in a prompt, for a shape")
-    rank: int = setting(256, "R, for a shape")
-    ranks: list[int] | None = setting(None, "ranks to read a shape at; null: powers of 2")
-    documents: int = setting(1319, "problems, for a shape")
-    batch_size: int = setting(32, "of the HF backend, for a shape")
-    run: str | None = setting(None, "folder of a finished run, instead of a shape")
-    tasks: list[str] | None = setting(None, "of a run, such as gsm8k:0; null: those of its config")
-    data_path: str | None = setting(None, "folder with the tasks' data; null: that of the run")
-    limit: int | None = setting(None, "only the first n documents of each task of a run")
-    batch_sizes: list[int] = setting([8, 32, 64, 128], "of the HF backend to try, for a run")
-    baseline_points: int | None = setting(None, "of a run, for HF; null: 3, tiny on a CPU: all")
-    baseline_documents: int = setting(64, "that the HF backend answers at a point")
-    cuda_graphs: bool = setting(True, "eval.cuda_graphs, of the batched engine on a GPU")
-    output: str = setting("results/benchmarks", "folder of record and table")
+    """The command line."""
+
+    shape: str | None = option(None, "null: all of this machine", choices=SHAPES)
+    shots: int = option(3, "examples in a prompt, for a shape")
+    rank: int = option(256, "R, for a shape")
+    ranks: list[int] | None = option(None, "ranks to read a shape at; null: powers of 2")
+    documents: int = option(1319, "problems, for a shape")
+    batch_size: int = option(32, "of the HF backend, for a shape")
+    run: str | None = option(None, "folder of a finished run, instead of a shape")
+    tasks: list[str] | None = option(None, "of a run, such as gsm8k:0; null: those of its config")
+    data_path: str | None = option(None, "folder with the tasks' data; null: that of the run")
+    limit: int | None = option(None, "only the first n documents of each task of a run")
+    batch_sizes: list[int] = option([8, 32, 64, 128], "of the HF backend to try, for a run")
+    baseline_points: int | None = option(None, "of a run, for HF; null: 3, tiny on a CPU: all")
+    baseline_documents: int = option(64, "that the HF backend answers at a point")
+    cuda_graphs: bool = option(True, "eval.cuda_graphs, of the batched engine on a GPU")
+    output: str = option(
+        LOCAL, f"folder of record and table; {COMMITTED} adds to the committed ones"
+    )
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what cannot be measured."""
-    if options.shape is not None and options.shape not in SHAPES:
-        raise ValueError(
-            f"shape={options.shape} is unknown; allowed: {', '.join(SHAPES)}"
-            f"{nearest(options.shape, SHAPES)}"
-        )
+    """Raises UserError for what cannot be measured."""
     if options.shape is not None and options.run is not None:
-        raise ValueError("shape and run are both given; measure one at a time")
+        raise UserError("shape and run are both given; measure one at a time")
     for key in ("documents", "batch_size", "baseline_documents", "baseline_points", "limit"):
         given = getattr(options, key)
         if given is not None and given < 1:
-            raise ValueError(f"{key}={given} must be 1 or more")
+            raise UserError(f"{key}={given} must be 1 or more")
     read_entries(Path(options.output), "sweep")
     if not options.batch_sizes or min(options.batch_sizes) < 1:
-        raise ValueError(f"batch_sizes={options.batch_sizes} must be numbers of 1 or more")
+        raise UserError(f"batch_sizes={options.batch_sizes} must be numbers of 1 or more")
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -360,9 +356,13 @@ class Recorder:
 def measure_run(options: Options) -> dict[str, dict[str, Any]]:
     """An entry for each task of a finished run."""
     folder = Path(options.run or "")
-    if not (folder / RECORD).is_file() or not (folder / ADAPTER).is_file():
-        raise ValueError(f"run={folder} holds no {RECORD} and {ADAPTER}; give a finished run")
-    record = read_record(folder / RECORD)
+    files = RunFolder(folder)
+    if not files.record.is_file() or not files.adapter.is_file():
+        raise UserError(
+            f"run={folder} holds no {files.record.name} and {files.adapter.name}; "
+            "give a finished run"
+        )
+    record = read_record(files.record)
     with tempfile.TemporaryDirectory() as scratch:
         node = OmegaConf.create(record.config)
         node.output_dir = scratch
@@ -377,7 +377,7 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         tasks = load_own_and_harness_tasks(config, accelerator)
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
-        load_adapter(folder / ADAPTER, model)
+        load_adapter(files.adapter, model)
         return {
             f"{record.name}-{task.name}-{task.shots}shot-{task.documents}": {
                 "options": settings_of(options),
@@ -459,9 +459,7 @@ def hf_backend(
         if size not in found:
             gc.collect()  # the error's frames hold the batch, and each other
     if not found:
-        raise ValueError(
-            f"batch_sizes={list(batch_sizes)} do not fit the device; give smaller ones"
-        )
+        raise UserError(f"batch_sizes={list(batch_sizes)} do not fit the device; give smaller ones")
     return found
 
 
@@ -556,8 +554,8 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
-    options = parse(Options, arguments)
+def main(options: Options) -> int:
+    """1 where an entry failed, else 0. Raises UserError for what cannot be measured."""
     check(options)
     if options.shape is not None or options.run is not None:
         measured = measure_shape(options) if options.run is None else measure_run(options)
@@ -565,7 +563,7 @@ def main(arguments: Sequence[str]) -> int:
             entries = merge_entry(Path(options.output), "sweep", key, entry)
         print(write_table(Path(options.output), "sweep", entries, table_rows, NOTE))
         return 0
-    return run_each(__file__, ENTRIES, arguments)
+    return run_each(__file__, ENTRIES, as_arguments(options))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from benchmark_common import (
+    COMMITTED,
+    LOCAL,
     SHAPES,
     fill_factors,
     gsm8k_lengths,
     matmul_rate,
     merge_entry,
-    parse,
     random_examples,
     read_entries,
     run_each,
@@ -45,16 +46,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from matryoshka_lora.cli import run_script
+from matryoshka_lora.cli import as_arguments, option, run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, adapter_spec_of, build_method, validate
 from matryoshka_lora.core.adapter import add_adapters
-from matryoshka_lora.data import Example
-from matryoshka_lora.methods import METHODS, setting
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.methods import METHODS
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
-from matryoshka_lora.pipeline import make_accelerator
-from matryoshka_lora.training import fit
-from matryoshka_lora.training.loop import peak_gib, reset_peak
+from matryoshka_lora.processes import make_accelerator
+from matryoshka_lora.training.loop import fit, peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
@@ -93,30 +94,31 @@ a few steps of them say too little about a long training. Records: `training.jso
 
 @dataclass
 class Options:
-    shape: str | None = setting(None, f"{', '.join(SHAPES)}; null: all of this machine")
-    rank: int = setting(32, "R, where a shape is given")
-    methods: list[str] = setting(["matryoshka", "nested_dropout"], "of this project")
-    baselines: list[str] = setting(list(BASELINES), "settings of PEFT under the HF Trainer")
-    seconds: float = setting(60.0, "of steady state of the first method")
-    others: float = setting(15.0, "likewise of the other methods and of the baselines")
-    warmup: int = setting(10, "steps left out at the beginning; of a baseline 5 at most")
-    compile: bool = setting(True, "trainer.compile, where there is a GPU")
-    cuda_graphs: bool = setting(False, "trainer.cuda_graphs, where there is a GPU")
-    output: str = setting("results/benchmarks", "folder of record and table")
+    """The command line."""
+
+    shape: str | None = option(None, "null: all of this machine", choices=SHAPES)
+    rank: int = option(32, "R, where a shape is given")
+    methods: list[str] = option(
+        ["matryoshka", "nested_dropout"], "of this project", choices=METHODS
+    )
+    baselines: list[str] = option(
+        list(BASELINES), "settings of PEFT under the HF Trainer", choices=BASELINES
+    )
+    seconds: float = option(60.0, "of steady state of the first method")
+    others: float = option(15.0, "likewise of the other methods and of the baselines")
+    warmup: int = option(10, "steps left out at the beginning; of a baseline 5 at most")
+    compile: bool = option(True, "trainer.compile, where there is a GPU")
+    cuda_graphs: bool = option(False, "trainer.cuda_graphs, where there is a GPU")
+    output: str = option(
+        LOCAL, f"folder of record and table; {COMMITTED} adds to the committed ones"
+    )
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what cannot be measured."""
-    for key, given, allowed in (
-        ("shape", [options.shape] if options.shape else [], SHAPES),
-        ("methods", options.methods, METHODS),
-        ("baselines", options.baselines, BASELINES),
-    ):
-        if unknown := [name for name in given if name not in allowed]:
-            raise ValueError(f"{key}={unknown[0]} is unknown; allowed: {', '.join(allowed)}")
+    """Raises UserError for what cannot be measured."""
     read_entries(Path(options.output), "training")
     if not options.methods or min(options.seconds, options.others) <= 0 or options.warmup < 1:
-        raise ValueError(
+        raise UserError(
             "give at least one method, seconds and others above 0 and a warmup of 1 or more"
         )
 
@@ -362,13 +364,13 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str]) -> int:
-    options = parse(Options, arguments)
+def main(options: Options) -> int:
+    """1 where an entry failed, else 0. Raises UserError for what cannot be measured."""
     check(options)
     if options.shape is not None:
         measure(options)
         return 0
-    return run_each(__file__, ENTRIES, arguments)
+    return run_each(__file__, ENTRIES, as_arguments(options))
 
 
 if __name__ == "__main__":

@@ -3,45 +3,62 @@
     python scripts/evaluate.py run=FOLDER eval=arc_hellaswag
     python scripts/evaluate.py run=FOLDER "eval.tasks=['gsm8k:0']" eval.data_path=data
 
-Takes eval=, eval.*= and model.path= as train.py does; everything else is the run's own.
+Rows that are in the record already stay as they are.
 """
 
+import dataclasses
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
-from matryoshka_lora.cli import run_script
+from matryoshka_lora.cli import option, other_keys, run_script
 from matryoshka_lora.config import Config, build_config
-from matryoshka_lora.pipeline import RECORD, evaluate_run
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.pipeline import evaluate_run
+from matryoshka_lora.runs.folder import RECORD
 from matryoshka_lora.runs.record import read_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-def main(arguments: list[str]) -> None:
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    folder = given.pop("run", None)
-    if folder is None or not given:
-        raise ValueError("give run=FOLDER and what to evaluate, such as eval=gsm8k; see --help")
-    for key in given:
-        if key not in ("eval", "model.path") and not key.startswith("eval."):
-            raise ValueError(
-                f"{key} is the run's own; only eval, eval.* and model.path may be given"
-            )
-    if not (path := Path(folder) / RECORD).is_file():
-        raise ValueError(f"run={folder} holds no {RECORD}, so it is no folder of a run")
-    record = read_record(path)
+@dataclasses.dataclass
+class Options:
+    """The command line; `overrides` are Hydra's."""
+
+    run: str = option(MISSING, "folder of the run")
+    overrides: dict[str, str] = other_keys(
+        "what to evaluate: eval=, eval.*= and model.path= as train.py takes them; everything else "
+        "is the run's own"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError unless there is something to evaluate and nothing else."""
+        if not self.overrides:
+            raise UserError("give what to evaluate, such as eval=gsm8k; see --help")
+        for key in self.overrides:
+            if key not in ("eval", "model.path") and not key.startswith("eval."):
+                raise UserError(
+                    f"{key} is the run's own; only eval, eval.* and model.path may be given"
+                )
+
+
+def main(options: Options) -> None:
+    """Raises UserError where the folder is not one of a run, and what `evaluate_run` raises."""
+    folder = Path(options.run)
+    if not (folder / RECORD).is_file():
+        raise UserError(f"run={folder} holds no {RECORD}, so it is no folder of a run")
+    record = read_record(folder / RECORD)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        chosen = compose("train", [a for a in arguments if not a.startswith("run=")])
+        chosen = compose("train", [f"{key}={text}" for key, text in options.overrides.items()])
     node = OmegaConf.create(record.config)
-    for key in sorted(given):  # the group first
+    for key in sorted(options.overrides):  # the group before its keys
         # A group replaces the run's own evaluation, a single key only itself.
         OmegaConf.update(node, key, OmegaConf.select(chosen, key), merge=False)
-    evaluate_run(Path(folder), build_config(node))
+    evaluate_run(folder, build_config(node))
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, Options)

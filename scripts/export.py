@@ -3,57 +3,53 @@
     python scripts/export.py run=FOLDER rank=4 out=FOLDER
     python scripts/export.py run=FOLDER rank=4 rule=svd format=merged dtype=bfloat16 out=FOLDER
 
-format=peft (default) is a plain PEFT adapter, format=merged a whole transformers model.
+The run has to have its adapter; the base model is read from where the run read it.
 """
 
 import dataclasses
-import logging
-import sys
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
-from matryoshka_lora.cli import exit_with_one_line
-from matryoshka_lora.export import export_merged, export_peft, read_run
+from matryoshka_lora.cli import option, run_script
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.loading import read_run
 
 
 @dataclasses.dataclass
-class Settings:
-    """The keys of the command line, with their defaults."""
+class Options:
+    """The command line."""
 
-    run: str = MISSING
-    rank: int = MISSING
-    out: str = MISSING
-    rule: str = "prefix"
-    format: str = "peft"
-    dtype: str | None = None
-    device: str = "cpu"
-    model_path: str | None = None
+    run: str = option(MISSING, "folder of the run")
+    rank: int = option(MISSING, "the rank to read the adapter at")
+    out: str = option(MISSING, "folder to write")
+    rule: str = option("prefix", "the rule to read it by: prefix, trained or svd")
+    format: str = option(
+        "peft",
+        "a plain PEFT adapter, or a whole transformers model",
+        choices=("peft", "merged"),
+    )
+    dtype: str | None = option(None, "of a merged model's weights; null: that of the run's base")
+    device: str = option("cpu", "where a model is merged")
+    model_path: str | None = option(None, "local folder of the base model; null: the run's own")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a combination that means nothing."""
+        if self.format == "peft" and self.dtype is not None:
+            raise UserError("dtype applies to format=merged; a PEFT adapter is written in float32")
 
 
-def main(arguments: list[str]) -> None:
-    node = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_cli(arguments))
-    if missing := [key for key in ("run", "rank", "out") if OmegaConf.is_missing(node, key)]:
-        raise ValueError(f"{', '.join(missing)} not given; --help shows the usage")
-    settings = OmegaConf.to_object(node)
-    assert isinstance(settings, Settings)
-    if settings.format not in ("peft", "merged"):
-        raise ValueError(f"format={settings.format} is unknown; allowed: peft, merged")
-    if settings.format == "peft" and settings.dtype is not None:
-        raise ValueError("dtype applies to format=merged; a PEFT adapter is written in float32")
-    run = read_run(Path(settings.run), settings.model_path)
-    out = Path(settings.out)
-    if settings.format == "peft":
-        export_peft(run, settings.rank, settings.rule, out)
+def main(options: Options) -> None:
+    """Raises what reading the run and writing the adapter raise."""
+    run = read_run(Path(options.run), options.model_path)
+    out = Path(options.out)
+    if options.format == "peft":
+        export_peft(run, options.rank, options.rule, out)
     else:
-        export_merged(run, settings.rank, settings.rule, out, settings.dtype, settings.device)
+        export_merged(run, options.rank, options.rule, out, options.dtype, options.device)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with exit_with_one_line():
-            main(sys.argv[1:])
+    run_script(main, __doc__, Options)

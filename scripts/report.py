@@ -1,57 +1,85 @@
-"""Rewrite every committed table and figure from the records behind it.
+"""Write tables and figures from run records; the same records give the same bytes.
 
-    python scripts/report.py [results/records]
+    python scripts/report.py                                rewrite every committed table
+    python scripts/report.py records=results/runs           one table of one's own runs
 
-Reads all records below `results/records/<table>/`, writes `results/tables/<table>.{csv,md,tex}`
-and `results/figures/<table>.{png,pdf}`; the same records give the same bytes.
+A folder of committed records has a folder for each table; `results/records/<table>/` becomes
+`results/tables/<table>.{csv,md,tex}` and `results/figures/<table>.{png,pdf}`. A folder of runs, as
+train.py leaves them, becomes one table named after the folder, with all finished runs below it; the
+others are named as missing. The folder may also be given without `records=`.
 """
 
-import argparse
-import sys
+import dataclasses
 from pathlib import Path
 
+from matryoshka_lora.cli import option, run_script
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.reporting import write_report
+from matryoshka_lora.runs.folder import RECORD, RunFolder
 from matryoshka_lora.runs.record import find_records, read_record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "records",
-        nargs="?",
-        type=Path,
-        default=Path("results/records"),
-        help="folder with one folder of records a table (default: %(default)s)",
+@dataclasses.dataclass
+class Options:
+    """The command line."""
+
+    records: str = option(
+        "results/records", "folder of committed records, or of runs", positional=True
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder for tables/ and figures/ (default: the one above RECORDS)",
-    )
-    arguments = parser.parse_args()
-    try:
-        for path in report(arguments.records, arguments.output or arguments.records.parent):
-            print(path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    output: str | None = option(None, "gets tables/ and figures/; null: the folder above records")
+
+
+def main(options: Options) -> None:
+    """Raises what `report` raises."""
+    folder = Path(options.records)
+    for path in report(folder, folder.parent if options.output is None else Path(options.output)):
+        print(path, flush=True)
 
 
 def report(folder: Path, output: Path) -> list[Path]:
-    """Write the report of every table folder; returns the paths.
+    """Write the report of every table that `folder` holds; returns the paths.
 
-    Raises ValueError if there is no folder with records, or one of them is not valid.
+    Raises UserError if there is no folder with records, or one of them is not valid.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of records (one folder a table)")
+        raise UserError(f"{folder} is not a folder of records or runs")
+    tables = find_tables(folder)
+    if not tables:
+        raise UserError(
+            f"no records below {folder}: expected {folder}/<table>/.../*.json, or runs with their "
+            f"{RECORD}"
+        )
     written = []
-    for table in sorted(path for path in folder.iterdir() if path.is_dir()):
-        records = [read_record(path) for path in find_records(table, "*.json")]
-        if records:
-            written += write_report(table.name, records, output)
-    if not written:
-        raise ValueError(f"no records below {folder}: expected {folder}/<table>/.../*.json")
+    for name, paths in tables.items():
+        written += write_report(name, [read_record(path) for path in paths], output)
     return written
 
 
+def find_tables(folder: Path) -> dict[str, list[Path]]:
+    """Name of each table below `folder` -> the paths of its records."""
+    paths = records_below(folder)
+    if paths and all(is_of_a_run(path) for path in paths):
+        return {folder.resolve().name: paths}
+    tables = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {table.name: records_below(table) for table in tables}
+    return {name: paths for name, paths in found.items() if paths}
+
+
+def records_below(folder: Path) -> list[Path]:
+    """Every JSON file, but in a run's folder, where other tools write JSON too, only the record."""
+    names = (RECORD, RunFolder(folder).config.name)
+    runs = {path.parent for name in names for path in folder.rglob(name)}
+    return [
+        path
+        for path in find_records(folder, "*.json")
+        if path.name == RECORD or runs.isdisjoint(path.parents)
+    ]
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether the record lies in a run's folder as train.py makes it."""
+    return path.name == RECORD and RunFolder(path.parent).config.is_file()
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, Options)

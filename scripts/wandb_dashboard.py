@@ -1,24 +1,21 @@
 """Build the saved W&B dashboard of a project: accuracy over rank, AURAC, loss.
 
     python scripts/wandb_dashboard.py entity=TEAM tasks=[gsm8k:3,gsm8k:8]
-    python scripts/wandb_dashboard.py entity=TEAM tasks=[gsm8k:3] --dry-run
+    python scripts/wandb_dashboard.py entity=TEAM tasks=[gsm8k:3] dry_run=true
 
 Needs `pip install matryoshka-lora[dashboard]` and `wandb login`. Runs that differ only in seed and
-learning rate share a W&B group; a panel shows a group's mean and standard deviation. --dry-run
-prints the specification as JSON and sends nothing.
+learning rate share a W&B group; a panel shows a group's mean and standard deviation.
 """
 
 import dataclasses
 import json
-import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import option, run_script
 from matryoshka_lora.config import TrackingConfig, parse_task
-from matryoshka_lora.core.errors import nearest
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.tracking import AURAC_PREFIX, curve_name
 
@@ -32,38 +29,34 @@ MAX_RUNS = 100
 
 
 @dataclasses.dataclass
-class Settings:
-    """The keys of the command line, with their defaults."""
+class Options:
+    """The command line."""
 
-    entity: str = MISSING
-    project: str = TrackingConfig.project
-    name: str = "MatryoshkaLoRA"
-    tasks: list[str] = dataclasses.field(default_factory=lambda: ["gsm8k:3", "gsm8k:8"])
-    metric: str = "exact_match"
-    filter: str | None = "strict-match"
-    limit: int | None = None
-    rules: list[str] = dataclasses.field(default_factory=lambda: list(RULES))
+    entity: str = option(MISSING, "the W&B team or user that the project belongs to")
+    project: str = option(TrackingConfig.project, "W&B project")
+    name: str = option("MatryoshkaLoRA", "title of the dashboard")
+    tasks: list[str] = option(["gsm8k:3", "gsm8k:8"], "name:shots, as in eval.tasks")
+    metric: str = option("exact_match", "the tasks' metric to show")
+    filter: str | None = option("strict-match", "the harness's answer filter; null: none")
+    limit: int | None = option(None, "eval.limit of the runs to show")
+    rules: list[str] = option(list(RULES), "rules to show", choices=tuple(RULES))
+    dry_run: bool = option(False, "print the specification as JSON and send nothing")
 
 
-def build(settings: Settings) -> "Workspace":
+def build(options: Options) -> "Workspace":
     """The dashboard as an object of wandb-workspaces, which nothing has been sent of yet.
 
-    Raises ValueError for tasks that are not name:shots, unknown rules, or a missing package.
+    Raises UserError without the package, ValueError for tasks that are not name:shots.
     """
     curves = [
-        curve_name(*parse_task(task), settings.metric, settings.filter, settings.limit)
-        for task in settings.tasks
+        curve_name(*parse_task(task), options.metric, options.filter, options.limit)
+        for task in options.tasks
     ]
-    for rule in settings.rules:
-        if rule not in RULES:
-            raise ValueError(
-                f"rules: {rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
-            )
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "the dashboard needs wandb-workspaces: pip install matryoshka-lora[dashboard]"
         ) from None
     seeds: dict[str, Any] = {
@@ -83,11 +76,11 @@ def build(settings: Settings) -> "Workspace":
             y=[f"eval/{curve}/{rule}"],
             log_x=True,
             title_x="rank",
-            title_y=settings.metric,
+            title_y=options.metric,
             **seeds,
         )
         for curve in curves
-        for rule in settings.rules
+        for rule in options.rules
     ]
     areas = [
         panels.BarPlot(
@@ -97,7 +90,7 @@ def build(settings: Settings) -> "Workspace":
             **seeds,
         )
         for curve in curves
-        for rule in settings.rules
+        for rule in options.rules
     ]
     training = [
         panels.LinePlot(title=title, x="train/step", y=[f"train/{key}"], title_x="step", **seeds)
@@ -109,9 +102,9 @@ def build(settings: Settings) -> "Workspace":
         )
     ]
     return workspaces.Workspace(
-        entity=settings.entity,
-        project=settings.project,
-        name=settings.name,
+        entity=options.entity,
+        project=options.project,
+        name=options.name,
         settings=workspaces.WorkspaceSettings(max_runs=MAX_RUNS),
         sections=[
             section("Accuracy over rank", accuracy),
@@ -126,25 +119,14 @@ def specification(workspace: "Workspace") -> dict[str, Any]:
     return json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
-def main(arguments: list[str]) -> None:
-    dry_run = "--dry-run" in arguments
-    given = OmegaConf.from_cli([argument for argument in arguments if argument != "--dry-run"])
-    node = OmegaConf.merge(OmegaConf.structured(Settings), given)
-    if OmegaConf.is_missing(node, "entity"):
-        raise ValueError("entity not given: the W&B team or user that the project belongs to")
-    settings = OmegaConf.to_object(node)
-    assert isinstance(settings, Settings)
-    workspace = build(settings)
-    if dry_run:
+def main(options: Options) -> None:
+    """Raises what `build` raises, and W&B's own errors."""
+    workspace = build(options)
+    if options.dry_run:
         print(json.dumps(specification(workspace), indent=2))
     else:
         print(workspace.save().url)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with exit_with_one_line():
-            main(sys.argv[1:])
+    run_script(main, __doc__, Options)

@@ -148,8 +148,8 @@ def test_continuations_share_keys(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 4])
 def test_decoding_equals_the_last_query(window: int | None) -> None:
     torch.manual_seed(0)
-    module, lengths, slot = torch.nn.Module(), (5, 1, 8), 10
-    k, v = torch.randn(2, len(lengths), 2, slot, 8, dtype=torch.float64)
+    module, lengths, size = torch.nn.Module(), (5, 1, 8), 10
+    k, v = torch.randn(2, len(lengths), 2, size, 8, dtype=torch.float64)
     q = torch.randn(1, 4, len(lengths), 8, dtype=torch.float64)
     found, _ = packed(
         module,
@@ -207,14 +207,14 @@ def test_the_kernel_equals_decoding(
     dtype: torch.dtype, window: int | None, heads: int, width: int, value_width: int
 ) -> None:
     torch.manual_seed(0)
-    slot, lengths = 391, torch.tensor([391, 1, 128, 129, 17], dtype=torch.int32, device="cuda")
+    size, lengths = 391, torch.tensor([391, 1, 128, 129, 17], dtype=torch.int32, device="cuda")
     k, v = (
-        torch.randn(len(lengths), 2, slot, n, device="cuda", dtype=dtype)
+        torch.randn(len(lengths), 2, size, n, device="cuda", dtype=dtype)
         for n in (width, value_width)
     )
     q = torch.randn(len(lengths), 2 * heads, width, device="cuda", dtype=dtype)
     found = decode_attention(q, k, v, lengths, 0.1, window)
-    expected = decode(*(x.float() for x in (q, k, v)), lengths, slot, 0.1, window)
+    expected = decode(*(x.float() for x in (q, k, v)), lengths, size, 0.1, window)
     assert relative(found.float(), expected) < 1e-2
 
 

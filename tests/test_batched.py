@@ -31,19 +31,22 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
 from matryoshka_lora.core.rules import read
 from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.evaluation.engines import make_engine
+from matryoshka_lora.evaluation.engines.batched import attention_trial
 from matryoshka_lora.evaluation.engines.batched import engine as batched
-from matryoshka_lora.evaluation.engines.batched.engine import (
-    BatchedEngine,
-    KeyShape,
-    Probe,
-    attention_agrees,
-)
+from matryoshka_lora.evaluation.engines.batched.attention_trial import attention_agrees
+from matryoshka_lora.evaluation.engines.batched.diagonal_table import live_ranks
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.batched.factors import compute_factors
+from matryoshka_lora.evaluation.engines.batched.kv_cache import KVShape, kv_shapes
+from matryoshka_lora.evaluation.engines.batched.model_runner import round_up
+from matryoshka_lora.evaluation.engines.batched.scheduler import Limits, Scheduler, group_requests
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.ops.attention import packed_attention, packed_inputs
+from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.graphs import Graphs
 
-RANK = 16  # the ranks below are computed with 8 rows of the factors, or with all
+RANK = 16  # the ranks below are computed with 8 ranks of the factors, or with all
 TEXT = (
     "Question: Tom has 12 apples and buys 7 more. How many apples does Tom have now?\n"
     "Answer: Tom has 12 + 7 = <<12+7=19>>19 apples.\n#### 19\n\nQuestion: A train runs 60 miles in "
@@ -95,19 +98,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
 
 
-def build(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> PreTrainedModel:
+def build(
+    tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, gated: bool = False
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config.vocab_size = len(tokenizer)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     p_full = matryoshka_diagonal([1, 2, RANK], RANK, "none")
-    spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False)
+    spec = AdapterSpec(RANK, "none", tuple(p_full.tolist()), False, gated=gated)
     linear = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = [name for name in ("q_proj", "v_proj", "o_proj", "down_proj") if name in linear]
     add_adapters(model, spec, targets)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.4)
+        if gated:
+            torch.nn.init.uniform_(layer.lora_gate, 0.2, 2)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.double()
 
@@ -167,10 +174,10 @@ def prompts(n: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def late_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where rows go on past their end until the host looks."""
-    monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", 4)
-    monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", 1)
+def late_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where answers go on past their end until the host reads their tokens."""
+    monkeypatch.setitem(batched.STEPS_PER_LAUNCH, "cpu", 4)
+    monkeypatch.setitem(batched.PIPELINE_DEPTH, "cpu", 1)
 
 
 def answers(
@@ -198,7 +205,7 @@ def check(
 
 
 @pytest.mark.parametrize("limits", [(1, 12), (12, 1)])
-def test_a_row_of_one_token_stays_in_its_slot(
+def test_an_answer_of_one_token_stays_in_its_row(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     limits: tuple[int, int],
@@ -228,8 +235,8 @@ def test_generation_of_mixed_points(
         (8, 0, {"max_tokens": 1}),
         (1, 3, {"max_rows": 7, "max_tokens": 100}),
     ):
-        monkeypatch.setitem(batched.STEPS_PER_LOOK, "cpu", steps)
-        monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", behind)
+        monkeypatch.setitem(batched.STEPS_PER_LAUNCH, "cpu", steps)
+        monkeypatch.setitem(batched.PIPELINE_DEPTH, "cpu", behind)
         one = BatchedEngine(model, tokenizer, **limits)
         assert [output.text for output in answers(one.run(jobs), jobs)] == texts
 
@@ -273,16 +280,94 @@ def test_replayed_steps_take_further_rows_along(
     [(1, 16), (16, 16), (17, 32), (33, 48), (49, 64), (1025, 1536), (1537, 2048), (2048, 2048)],
 )
 def test_captured_steps_have_two_sizes_an_octave(rows: int, rounded: int) -> None:
-    assert batched.round_up(rows) == rounded
+    assert round_up(rows) == rounded
 
 
-def test_factors_are_cut_behind_the_last_entry_of_a_diagonal() -> None:
+def test_ranks_that_are_left_out_are_zero_in_the_diagonal() -> None:
     table = torch.zeros(6, 20)
     for row, rank in enumerate((0, 1, 8, 9, 17, 20)):
         table[row, :rank] = 2.0
     table[1, 0], table[4, 3] = -1.0, 0.0
-    assert batched.live_ranks(table).tolist() == [8, 8, 8, 16, 20, 20]
-    assert batched.live_ranks(table[:3, :4]).tolist() == [4, 4, 4]
+    assert live_ranks(table).tolist() == [8, 8, 8, 16, 20, 20]
+    assert live_ranks(table[:3, :4]).tolist() == [4, 4, 4]
+
+
+def test_parameters_are_narrowed_along_their_rank(model: PreTrainedModel) -> None:
+    """By their role, whatever their order and number: a gate has the rank as its only axis."""
+    layers = list(adapter_layers(model).values())
+    roles = ("lora_A", "lora_B", "lora_gate")
+    for layer in layers[1:]:
+        layer.lora_gate = torch.nn.Parameter(torch.rand(RANK))
+    before = [
+        {r: x.data for r in roles if (x := getattr(layer, r, None)) is not None} for layer in layers
+    ]
+    p = [layer.p for layer in layers]
+    model.float()
+    for layer, data in zip(layers, before, strict=True):  # as adapters are held, in float64 here
+        layer.lora_A.data, layer.lora_B.data = data["lora_A"], data["lora_B"]
+    with compute_factors(model) as factors:
+        assert factors.gated
+        for rank in (RANK, 4, 8):
+            factors.narrow(rank)
+            for layer, data in zip(layers, before, strict=True):
+                layer.p = torch.zeros(1, 7, rank)
+                assert torch.equal(layer.lora_A, data["lora_A"][:rank].float())
+                assert torch.equal(layer.lora_B, data["lora_B"][:, :rank].float())
+                if "lora_gate" in data:
+                    assert torch.equal(layer.lora_gate, data["lora_gate"][:rank])
+    for layer, data, own in zip(layers, before, p, strict=True):
+        assert all(torch.equal(getattr(layer, role), x) for role, x in data.items())
+        assert layer.lora_A.dtype == torch.float64 and layer.p is own
+
+
+def test_each_layer_multiplies_its_gate(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build(tokenizer, llama(), gated=True)
+    requests = [generation(tokenizer, i, text, [], 9) for i, text in enumerate(prompts(3))]
+    requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(3))]
+    jobs = [(point, request) for point in points(model) for request in requests]
+    check(model, tokenizer, jobs)
+
+
+def test_groups_leave_their_queue_when_they_are_started(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = [text.rstrip() for text in prompts(4)]
+    requests = [generation(tokenizer, i, text, [], 5) for i, text in enumerate(texts)]
+    requests += [likelihood(tokenizer, i, texts[i], " 19") for i in (2, 2, 3)]
+    requests.append(likelihood(tokenizer, 9, TEXT[3:90], " 19"))
+    base = points(model)[0]
+    groups = group_requests([(base, request) for request in requests], {base: 0})
+    assert [(g.generate, g.scored) for g in groups] == [
+        (0, []),
+        (1, []),
+        (2, [4, 5]),
+        (3, [6]),
+        (None, [7]),
+    ]
+    limits = Limits(max_rows=2, max_tokens=1000, logits_bytes=10**9)
+    scheduler = Scheduler(groups, requests, limits, 8)
+    assert (
+        [g.scored for g in scheduler.next_scoring()]
+        == [[7]]
+        == [g.scored for g in scheduler.next_scoring()]
+    )
+    lengths = [len(g.context) for g in scheduler.waiting]
+    assert lengths == sorted(lengths, reverse=True)
+    first = scheduler.next_waiting(rows=2, active=0)
+    assert len(first) == 2
+    scheduler.started(scheduler.waiting, first)
+    assert len(scheduler.waiting) == 2 and scheduler.next_waiting(rows=9, active=8) == []
+    scheduler.started(scheduler.scoring, scheduler.next_scoring())
+    scheduler.halve(first, rows=2)
+    assert list(scheduler.waiting)[:2] == first and (limits.max_rows, limits.max_tokens) == (1, 500)
+
+
+def test_engines_by_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    options = {"batch_size": 2, "cuda_graphs": False, "lockstep": False}
+    assert isinstance(make_engine("hf", model, tokenizer, **options), HFEngine)
+    assert isinstance(make_engine("batched", model, tokenizer, **options), BatchedEngine)
+    with pytest.raises(ValueError, match="'vllm' is unknown; allowed: batched, hf"):
+        make_engine("vllm", model, tokenizer, **options)
 
 
 def test_principal_factors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -375,7 +460,7 @@ def test_out_of_memory_halves(
     caplog: pytest.LogCaptureFixture,
     behind: int,
 ) -> None:
-    monkeypatch.setitem(batched.LOOKS_BEHIND, "cpu", behind)
+    monkeypatch.setitem(batched.PIPELINE_DEPTH, "cpu", behind)
     requests = [generation(tokenizer, i, text, ["a"], 20) for i, text in enumerate(prompts(9))]
     requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(12))]
     jobs = [(point, request) for point in points(model)[:3] for request in requests]
@@ -395,7 +480,7 @@ def test_out_of_memory_halves(
         found = answers(engine.run(jobs), jobs)
     assert [o.text for o in found] == [o.text for o in expected]
     assert [o.logprob for o in found] == pytest.approx([o.logprob for o in expected], rel=1e-6)
-    assert engine.max_rows == 6 and engine.max_tokens == 64
+    assert engine.limits.max_rows == 6 and engine.limits.max_tokens == 64
     assert "out of memory" in caplog.text
 
     def never(hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -443,9 +528,9 @@ def test_what_it_cannot_do_is_refused(
 def test_without_triton_decoding_is_slower_and_says_so(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(batched, "AVAILABLE", False)
+    monkeypatch.setattr(attention_trial, "AVAILABLE", False)
     for dtype, agrees in ((torch.float32, True), (torch.bfloat16, False)):
-        shapes = [KeyShape((2, 8), (2, 8), dtype)]
+        shapes = [KVShape((2, 8), (2, 8), dtype)]
         assert attention_agrees(model, shapes, model.device, decoding=True) == agrees
         assert ("Triton is not installed" in caplog.text) != agrees
 
@@ -462,18 +547,16 @@ def test_on_cuda(tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, graphs:
     for i, text in enumerate(prompts(20)):
         requests.append(generation(tokenizer, i, text, ["\n"], 30))
         requests += [likelihood(tokenizer, i, text, e) for e in (" 19", "\nAnswer: 7 apples")]
-    # The base, rank 1 and all of R: computed with 8 rows of the factors, and with all.
+    # The base, rank 1 and all of R: computed with 8 ranks of the factors, and with all.
     chosen = [points(model)[i] for i in (0, 1, -1)]
     jobs = [(point, request) for point in chosen for request in requests]
     if dtype == torch.float64:
         check(model, tokenizer, jobs, max_rows=13, max_tokens=700, cuda_graphs=graphs)
         return
-    probe = Probe()
-    with packed_attention(model), torch.no_grad():
-        ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-        model(ids, past_key_values=probe, use_cache=True, **packed_inputs([1], "cuda"))
+    with packed_attention(model):
+        shapes = kv_shapes(model)
     for decoding in (False, True):
-        assert attention_agrees(model, probe.shapes, model.device, decoding)
+        assert attention_agrees(model, shapes, model.device, decoding)
     engine = BatchedEngine(model, tokenizer, max_rows=13, cuda_graphs=graphs)
     found = answers(engine.run(jobs), jobs)
     expected = answers(HFEngine(model, tokenizer, 8).run(jobs), jobs)

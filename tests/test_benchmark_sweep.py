@@ -11,17 +11,17 @@ import torch
 from benchmark_common import fill_factors
 from conftest import TARGETS
 
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import exit_with_one_line, parse_options
 from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import adapter_spec, add_adapters
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.sweep import plan_points
+from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.models import load_model
 from matryoshka_lora.pipeline import run
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.runs.provenance import environment
 
 CPU = torch.device("cpu")
 
@@ -37,6 +37,10 @@ def benchmark():
     module.TRAIN_PROBLEMS = 20
     module.matmul_rate = lambda device, dtype: 1e9
     return module
+
+
+def main(benchmark, arguments):
+    return benchmark.main(parse_options(benchmark.Options, arguments))
 
 
 def test_both_systems_end_each_answer_at_its_cap(benchmark, monkeypatch):
@@ -117,14 +121,14 @@ def test_the_sample_is_extrapolated_to_all_answers(benchmark):
 def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     output = [f"output={tmp_path / 'benchmarks'}", "baseline_documents=2"]
     shape = ["shape=tiny", "shots=0", "rank=4", "ranks=[1,4]", "documents=3", "batch_size=2"]
-    assert benchmark.main([*shape, *output]) == 0
+    assert main(benchmark, [*shape, *output]) == 0
     config = Config(output_dir=str(tmp_path))
     config.trainer.max_steps, config.dataset.limit, config.adapter.rank = 2, 64, 2
     config.eval.rules = ["prefix", "svd"]
     run(config)
     (folder,) = (path.parent for path in tmp_path.glob("runs/**/record.json"))
     of_run = [f"run={folder}", "tasks=[arithmetic_word_problems:0]", "limit=3"]
-    assert benchmark.main([*of_run, *output, "batch_sizes=[1,2,64]", "baseline_points=2"]) == 0
+    assert main(benchmark, [*of_run, *output, "batch_sizes=[1,2,64]", "baseline_points=2"]) == 0
 
     entries = json.loads((tmp_path / "benchmarks" / "sweep.json").read_text())["entries"]
     device = environment()["device"]["name"]
@@ -217,7 +221,7 @@ def test_batch_sizes_that_do_not_fit_are_left_out(benchmark, monkeypatch):
 )
 def test_mistakes_give_one_line(benchmark, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as exited, exit_with_one_line():
-        benchmark.main([*arguments, f"output={tmp_path}"])
+        main(benchmark, [*arguments, f"output={tmp_path}"])
     assert exited.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line

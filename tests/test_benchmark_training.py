@@ -9,14 +9,18 @@ import torch
 from benchmark_common import gsm8k_lengths, run_each, training_flops, write_table
 from conftest import ROOT, TARGETS, small_llama
 
-from matryoshka_lora.cli import exit_with_one_line, run_script
+from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.spec import AdapterSpec
-from matryoshka_lora.data import Example
-from matryoshka_lora.runs.record import environment
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.runs.provenance import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_training as script  # noqa: E402
+
+
+def main(arguments):
+    return script.main(parse_options(script.Options, arguments))
 
 
 def test_drawn_lengths_are_those_of_gsm8k():
@@ -58,13 +62,14 @@ def test_the_clock_leaves_out_the_first_steps(monkeypatch):
 def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "SAMPLES", 12)
     monkeypatch.setattr(script, "EFFECTIVE_BATCH", 2)
-    monkeypatch.setattr(script, "BASELINES", {"peft 1x2": (1, 2, False), "free": (2, 1, True)})
+    monkeypatch.setitem(script.BASELINES, "peft 1x2", (1, 2, False))
+    monkeypatch.setitem(script.BASELINES, "free", (2, 1, True))
     monkeypatch.setattr(script, "REFERENCE", "peft 1x2")
     monkeypatch.setattr(script, "matmul_rate", lambda *_: 1e12)
     options = ["shape=tiny", "seconds=0.2", "others=0.1", "warmup=1", f"output={tmp_path}"]
-    assert script.main([*options, "rank=2", "methods=[lora]", "baselines=[]"]) == 0
+    assert main([*options, "rank=2", "methods=[lora]", "baselines=[]"]) == 0
     chosen = ["methods=[lora,nested_dropout]", "baselines=[peft 1x2,free]"]
-    assert script.main([*options, "rank=4", *chosen]) == 0
+    assert main([*options, "rank=4", *chosen]) == 0
     device = environment()["device"]["name"]
     found = json.loads((tmp_path / "training.json").read_text())["entries"]
     assert list(found) == [f"tiny-r2 on {device}", f"tiny-r4 on {device}"]
@@ -102,7 +107,7 @@ def test_a_table_names_machine_and_commit(tmp_path):
 )
 def test_mistakes_give_one_line(argument, message, capsys):
     with pytest.raises(SystemExit), exit_with_one_line():
-        script.main([argument])
+        main([argument])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line
 
@@ -112,6 +117,8 @@ def test_help_shows_the_options(monkeypatch, capsys):
     run_script(script.main, script.__doc__, script.Options)
     shown = capsys.readouterr().out
     assert shown.startswith("Training speed") and "seconds" in shown and "[60.0]" in shown
+    # What is committed is only written where that is asked for.
+    assert "[results/benchmarks-local]" in shown and "results/benchmarks adds to" in shown
 
 
 def test_each_entry_is_a_process_of_its_own(tmp_path, capfd):
@@ -134,5 +141,5 @@ def test_each_entry_is_a_process_of_its_own(tmp_path, capfd):
 def test_what_is_no_record_is_left_alone(content, tmp_path):
     (tmp_path / "training.json").write_text(content)
     with pytest.raises(ValueError, match=r"training\.json is not a record .* move it away"):
-        script.main(["shape=tiny", f"output={tmp_path}"])
+        main(["shape=tiny", f"output={tmp_path}"])
     assert (tmp_path / "training.json").read_text() == content

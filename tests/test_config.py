@@ -17,12 +17,12 @@ from matryoshka_lora.config import (
     Config,
     affecting,
     build_config,
-    run_folder,
     run_hash,
     variant,
     wanted_points,
 )
 from matryoshka_lora.methods import METHODS
+from matryoshka_lora.runs.folder import run_path
 
 CONFIGS = ROOT / "configs"
 ConfigStore.instance().store(name="schema", node=Config)
@@ -199,7 +199,7 @@ def test_micro_batches_are_part_of_the_hash_only_where_each_draws_a_rank(tmp_pat
 
 def test_the_folder_of_a_run(tmp_path):
     expected = "runs/arithmetic/tiny/matryoshka-r32-none/lr0.006-seed42-01234567"
-    assert run_folder(composed(tmp_path), "01234567") == tmp_path / expected
+    assert run_path(composed(tmp_path), "01234567") == tmp_path / expected
 
 
 def test_help_lists_every_setting_and_group():

@@ -10,14 +10,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
 from matryoshka_lora.config import DatasetConfig
-from matryoshka_lora.data import (
-    Example,
-    fingerprint,
-    load_records,
-    pack,
-    split_validation,
-    tokenize,
-)
+from matryoshka_lora.data.examples import Example, tokenize
+from matryoshka_lora.data.packing import pack
+from matryoshka_lora.data.records import fingerprint, load_records, split_validation
 from matryoshka_lora.models import EMBEDDED
 
 RECORDS = [

@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_pipeline import records, small_config
 from tiny_lm import write_data
 
-from matryoshka_lora.cli import exit_with_one_line
+from matryoshka_lora.cli import exit_with_one_line, parse_options
 from matryoshka_lora.pipeline import run
 
 # Not imported by its name, which is that of an installed package, too.
@@ -65,8 +65,8 @@ def test_rows_are_added_never_lost_or_doubled(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval=gsm8k"], "give run=FOLDER"),
-        (["run={run}"], "give run=FOLDER and what to evaluate"),
+        (["eval=gsm8k"], "run not given"),
+        (["run={run}"], "give what to evaluate"),
         (["run={run}", "adapter.rank=8"], "adapter.rank is the run's own"),
         (["run={run}", "eval=gsm9k"], "did you mean gsm8k"),
         (["run={run}", "eval.ranks=[64]"], "rank 64 is above"),
@@ -76,7 +76,8 @@ def test_rows_are_added_never_lost_or_doubled(trained, tmp_path):
 def test_mistakes_give_one_line(trained, arguments, message, capsys):
     ((path, _),) = records(trained).items()
     with pytest.raises(SystemExit) as end, exit_with_one_line():
-        script.main([argument.format(run=path.parent) for argument in arguments])
+        given = [argument.format(run=path.parent) for argument in arguments]
+        script.main(parse_options(script.Options, given))
     assert end.value.code == 1
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed

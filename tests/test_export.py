@@ -4,12 +4,17 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -20,11 +25,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config, adapter_spec_of
-from matryoshka_lora.core.adapter import adapter_parameters, add_adapters, at_rank
-from matryoshka_lora.core.storage import load_adapter, save_adapter
-from matryoshka_lora.export import export_merged, export_peft, read_run
+from matryoshka_lora.core.adapter import (
+    adapter_parameters,
+    add_adapters,
+    at_rank,
+)
+from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
+from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
 from matryoshka_lora.models import model_identity
+from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +83,8 @@ def make_run(
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(folder / "adapter.safetensors", model, {})
+    identity = model_identity(config.model)
+    save_adapter(RunFolder(folder).adapter, model, adapter_facts(identity, "01234567"))
     record = Record(
         status="finished",
         name=f"{method}-r{RANK}-{scaling}",
@@ -80,10 +93,11 @@ def make_run(
         git=None,
         versions={},
         device={},
-        model=model_identity(config.model),
+        model=identity,
         data={},
+        training={"steps": 1},
     )
-    write_record(folder / "record.json", record)
+    write_record(RunFolder(folder).record, record)
     return folder
 
 
@@ -217,16 +231,123 @@ def test_run_that_cannot_be_exported(tmp_path: Path, base: Path) -> None:
         read_run(tmp_path)
     folder = make_run(tmp_path / "run", base, "lora", "none")
     record = read_record(folder / "record.json")
-    write_record(folder / "record.json", dataclasses.replace(record, status="training"))
+    write_record(folder / "record.json", dataclasses.replace(record, training=None))
     with pytest.raises(ValueError, match="has not finished training"):
         read_run(folder)
     write_record(folder / "record.json", record)
     (folder / "adapter.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read as an adapter"):
-        read_run(folder)
+        export_peft(read_run(folder), 2, "prefix", tmp_path / "out")
     (folder / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match="has not finished training"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("train_ranks", [1, 6], r"train_ranks is \(1, 6\)"),
+        ("method", "lora", "method is lora"),
+        ("scaling", "sqrt", "scaling is sqrt"),
+        ("rank", 8, "(rank is 8|a diagonal of 6 entries for rank 8)"),
+        ("run_hash", "76543210", "run_hash is 76543210 in the adapter and 01234567"),
+        ("run_hash", None, "run_hash is None in the adapter and 01234567"),
+    ],
+)
+def test_adapter_of_another_run_is_refused(
+    tmp_path: Path, base: Path, field: str, value: object, message: str
+) -> None:
+    folder = RunFolder(make_run(tmp_path / "run", base, "matryoshka", "none"))
+    with safe_open(folder.adapter, framework="pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+    header["facts" if field == "run_hash" else "spec"][field] = value
+    save_file(load_file(folder.adapter), folder.adapter, {HEADER: json.dumps(header)})
+    for read in (lambda path: read_factors(read_run(path)), load_run):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(folder.path)
+        assert str(folder.adapter) in str(caught.value)
+
+
+def test_adapter_of_an_earlier_version_is_read(tmp_path: Path, base: Path) -> None:
+    """Until commit 6b47c28 the header held its facts one by one."""
+    folder = RunFolder(make_run(tmp_path / "run", base, "dylora", "sqrt"))
+    run, factors = read_run(folder.path), load_file(folder.adapter)
+    old = {
+        "method": "dylora",
+        "rank": str(RANK),
+        "train_ranks": json.dumps(TRAIN_RANKS),
+        "scaling": "sqrt",
+        "p_full": json.dumps(run.spec.p_full),
+        "base_model": json.dumps(run.record.model),
+        "run_hash": run.record.run_hash,
+    }
+    save_file(factors, folder.adapter, old)
+    file = read_factors(run)
+    assert file.spec == run.spec
+    assert all(torch.equal(file.state[name], factors[name]) for name in factors)
+    save_file(factors, folder.adapter, old | {"run_hash": "76543210"})
+    with pytest.raises(ValueError, match="run_hash is 76543210"):
+        read_factors(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda name, factor: {name: factor.fill_(math.nan)},
+            "{name} holds numbers that are not",
+        ),
+        (lambda name, factor: {name: factor[:4]}, "{name} has shape"),
+        (lambda name, factor: {}, "(does not hold lora_A, lora_B|does not fit the model)"),
+        (
+            lambda name, factor: {name: factor, f"{name}_gate": factor.clone()},
+            "(does not hold lora_A, lora_B|does not fit the model)",
+        ),
+    ],
+)
+def test_damaged_factors_are_refused_by_name(
+    tmp_path: Path, base: Path, change: Callable[..., dict[str, Tensor]], message: str
+) -> None:
+    folder = RunFolder(make_run(tmp_path / "run", base, "matryoshka", "none"))
+    with safe_open(folder.adapter, framework="pt") as file:
+        metadata = file.metadata()
+    factors = load_file(folder.adapter)
+    name = "model.layers.1.self_attn.v_proj.lora_A"
+    factors |= change(name, factors.pop(name))
+    save_file(factors, folder.adapter, metadata)
+    run = read_run(folder.path)
+    for read in (
+        lambda: export_peft(run, 2, "prefix", tmp_path / "out"),
+        lambda: export_merged(run, 2, "svd", tmp_path / "out"),
+        lambda: load_run(folder.path),
+    ):
+        with pytest.raises(ValueError, match=message.format(name=name)):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_is_loaded_and_read_at_a_rank(tmp_path: Path, base: Path, run: Path) -> None:
+    loaded = load_run(run)
+    expected = adapted(read_run(run).config, base)
+    load_adapter(RunFolder(run).adapter, expected)
+    with at_rank(loaded.model, 2, "svd"), at_rank(expected, 2, "svd"):
+        assert torch.equal(logits(loaded.model), logits(expected))
+    assert loaded.tokenizer("w3")["input_ids"] == [3]
+    copy = shutil.copytree(base, tmp_path / "elsewhere")
+    moved = load_run(run, model_path=str(copy))
+    assert torch.equal(logits(moved.model), logits(loaded.model))
+
+
+def test_hub_model_is_read_at_the_recorded_revision(
+    run: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = read_run(run)
+    trained.record.model["revision"] = "0123abc"
+    check_base(trained)  # a local folder in place of the hub's model
+    assert f"taking {base} for a copy" in caplog.text
+    trained.config.model.path = None
+    check_base(trained)
+    assert trained.config.model.revision == "0123abc"
 
 
 def test_another_base_model_is_refused(tmp_path: Path, base: Path, run: Path) -> None:
@@ -246,7 +367,7 @@ def command(arguments: list[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    module.main(arguments)
+    module.main(parse_options(module.Options, arguments))
 
 
 def test_command(tmp_path: Path, run: Path) -> None:

@@ -142,6 +142,27 @@ def test_adapters_and_what_is_not_ours(stand_ins: list[str]) -> None:
     assert norm.forward is own
 
 
+def test_linear_layers_without_a_weight_are_left_alone(stand_ins: list[str]) -> None:
+    """An adapter around a quantised layer is a linear layer that keeps no weight of its own."""
+
+    class Wrapping(nn.Linear):
+        def __init__(self, base: nn.Linear) -> None:
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = base.in_features, base.out_features
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x)
+
+    mlp = build(LlamaConfig(**SHAPE)).model.layers[0].mlp
+    assert fused.fused_mlp(mlp) is not None
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        part = getattr(mlp, name)
+        setattr(mlp, name, Wrapping(part))
+        assert fused.fused_mlp(mlp) is None
+        setattr(mlp, name, part)
+
+
 def test_gradients_are_left_to_transformers(stand_ins: list[str]) -> None:
     """Another model of the kind may be trained while an engine waits."""
     model = build(LlamaConfig(**SHAPE))

@@ -7,12 +7,13 @@ from test_training import factors, make_config, make_examples, make_model, relat
 
 from matryoshka_lora.config import build_method
 from matryoshka_lora.core.adapter import adapter_parameters
-from matryoshka_lora.data import Example, pack
+from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import packed_batch, packed_loss
+from matryoshka_lora.data.packing import pack
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.graphs import Graphs, cuda_capture
-from matryoshka_lora.training import loop
-from matryoshka_lora.training.loop import packed_backward
+from matryoshka_lora.training import forwards
+from matryoshka_lora.training.forwards import packed_backward
 
 
 def test_a_row_is_filled_up_behind_its_documents():
@@ -115,7 +116,7 @@ def test_cuda_graphs_train_the_same(tmp_path, method, compiled, monkeypatch):
             super().__init__()
             self._capture = counting
 
-    monkeypatch.setattr(loop, "Graphs", Counting)
+    monkeypatch.setattr(forwards, "Graphs", Counting)
     losses, trained = [], []
     for graphs in (False, True):
         config = make_config(method, max_steps=12, cuda_graphs=graphs, compile=compiled)

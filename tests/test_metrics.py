@@ -3,7 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from matryoshka_lora.reporting.aurac import aurac, bootstrap_intervals, trapezoid_weights
+from matryoshka_lora.reporting import bootstrap
+from matryoshka_lora.reporting.aurac import aurac, trapezoid_weights
+from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
 
 
 def test_aurac_by_hand():
@@ -66,6 +68,22 @@ def test_bootstrap_against_brute_force():
     values = [weights @ ours, weights @ (ours - theirs)]
     got = bootstrap_intervals(values, confidence=0.9, samples=samples, seed=5)
     assert got == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("documents", [7, 500])
+def test_bootstrap_draws_one_resample_after_the_other(documents, monkeypatch):
+    """The bits are those of a loop over the resamples, however many are drawn at a time."""
+    values = np.random.default_rng(3).normal(size=(4, documents))
+    rng = np.random.default_rng(0)
+    means = [
+        values @ np.bincount(rng.integers(0, documents, documents), minlength=documents) / documents
+        for _ in range(200)
+    ]
+    expected = np.quantile(means, [0.25, 0.75], axis=0).T
+    for counts in (1, 33 * documents, 2**20):
+        monkeypatch.setattr(bootstrap, "_COUNTS", counts)
+        got = bootstrap.bootstrap_intervals(values, confidence=0.5, samples=200)
+        assert (got == expected).all()
 
 
 def test_bootstrap_against_all_resamples():

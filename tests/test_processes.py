@@ -83,11 +83,12 @@ from matryoshka_lora.core.adapter import at_rank
 from matryoshka_lora.config import build_method
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
-from matryoshka_lora.evaluation.sweep import plan_points, run_sweep
+from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.config import Config
-from matryoshka_lora.pipeline import build_adapted_model, shard_base
-from matryoshka_lora.training import fit
+from matryoshka_lora.processes import build_adapted_model, shard_base
+from matryoshka_lora.training.loop import fit
 import tiny_lm
 
 accelerator = Accelerator(cpu=True)

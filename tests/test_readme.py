@@ -1,10 +1,15 @@
 """The README and the committed tables say what the committed records say."""
 
+import importlib.util
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from matryoshka_lora.cli import parse_options
 from matryoshka_lora.reporting import format_run_table, rank_tables, write_tables
 from matryoshka_lora.runs.record import find_records, read_record
 
@@ -57,3 +62,28 @@ def test_every_file_that_the_readme_names_is_there():
     assert len(names) > 8
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def commands():
+    """(script, arguments) of every `python scripts/...` in README, docs, and the scripts' help."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files += [ROOT / "matryoshka_lora/assets/tiny/README.md", *sorted(ROOT.glob("scripts/*.py"))]
+    for file in files:
+        # A line may go on in the next; two spaces and more stand before an explanation.
+        text = re.sub(r"\\+\n *", "", file.read_text())
+        for command in re.findall(r"\bpython (scripts/\w+\.py[^`\n]*?)(?:`|   *|\n)", text):
+            script, *arguments = shlex.split(command)
+            yield script, [re.sub(r"^\[(.*)\]$", r"\1", text) for text in arguments]
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands(), ids=str)
+def test_every_command_that_is_written_down_is_understood(script, arguments, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # as on a cluster
+    name = Path(script).stem + "_as_documented"
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    if not hasattr(module, "Options"):
+        pytest.skip(f"{script} does not parse its arguments by parse_options")
+    parse_options(module.Options, arguments)

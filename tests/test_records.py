@@ -5,17 +5,16 @@ import os
 import subprocess
 
 import pytest
+from conftest import ROOT
 
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.evaluation.rows import Row, decode_scores, encode_scores, merge_rows
+from matryoshka_lora.runs import provenance
 from matryoshka_lora.runs import record as records
+from matryoshka_lora.runs.provenance import environment, git_state
 from matryoshka_lora.runs.record import (
     Record,
-    Row,
-    decode_scores,
-    encode_scores,
-    environment,
     find_records,
-    merge_rows,
     read_record,
     write_record,
 )
@@ -63,6 +62,23 @@ def test_round_trip_and_layout(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["record.json"]
 
 
+def test_whole_numbers_stay_whole(tmp_path):
+    """A value that was written as 1 is not written as 1.0 the next time."""
+    path = tmp_path / "record.json"
+    write_record(path, record(rows=[row(value=1, stderr=0, scores=[1, 0.5, 1, 1])]))
+    text = path.read_text()
+    write_record(path, read_record(path))
+    assert path.read_text() == text and '"value": 1, "stderr": 0, ' in text
+
+
+def test_committed_records_are_written_as_they_were_read(tmp_path):
+    paths = find_records(ROOT / "results" / "records", "*.json")
+    assert paths
+    for path in paths:
+        write_record(tmp_path / "record.json", read_record(path))
+        assert (tmp_path / "record.json").read_bytes() == path.read_bytes(), path
+
+
 def test_a_new_record_without_rows(tmp_path):
     fresh = record(status="training", training=None, git=None, rows=[])
     write_record(tmp_path / "record.json", fresh)
@@ -94,12 +110,30 @@ def documented():
         (lambda d: d["rows"].append(3), r"field 'rows\[5\]'"),
         (lambda d: d["rows"][1].pop("stderr"), r"field 'rows\[1\].stderr' is missing"),
         (lambda d: d["rows"][1].update(acc=1), r"unknown field 'rows\[1\].acc'"),
-        (lambda d: d["rows"][1].update(rank="1"), r"field 'rows\[1\].rank': expected int"),
-        (lambda d: d["rows"][1].update(rank=True), r"field 'rows\[1\].rank': expected int"),
-        (lambda d: d["rows"][1].update(rank=-1), r"field 'rows\[1\].rank' is negative"),
+        (
+            lambda d: d["rows"][1].update(rank="1"),
+            r"'rows\[1\].rank': .* valid integer",
+        ),
+        (
+            lambda d: d["rows"][1].update(rank=True),
+            r"'rows\[1\].rank': .* valid integer",
+        ),
+        (
+            lambda d: d["rows"][1].update(rank=-1),
+            r"'rows\[1\].rank'.*equal to 0, got -1",
+        ),
         (lambda d: d["rows"][1].update(rank=0), r"field 'rows\[1\].rule'"),
         (lambda d: d["rows"][1].update(value="0.5"), r"field 'rows\[1\].value'"),
+        (lambda d: d["rows"][1].update(n=-1), r"field 'rows\[1\].n'.*got -1"),
+        (lambda d: d["rows"][1].update(shots=-1), r"field 'rows\[1\].shots'.*got -1"),
+        (lambda d: d["rows"][1].update(n=1.0), r"field 'rows\[1\].n'.*got 1.0"),
+        (lambda d: d["rows"][1].update(value=True), r"field 'rows\[1\].value'.*got True"),
+        (lambda d: d["rows"][1].update(trained_rank=1), r"field 'rows\[1\].trained_rank'"),
+        (lambda d: d["rows"][1].pop("scores"), r"field 'rows\[1\].scores' is missing"),
+        (lambda d: d["rows"][1].update(scores=[1, "a", 0, 0]), r"field 'rows\[1\].scores'"),
         (lambda d: d["rows"][1].update(value=float("nan")), "holds NaN"),
+        (lambda d: d.update(schema=True), "field 'schema'.*got True"),
+        (lambda d: d.pop("rows"), "field 'rows' is missing"),
         (lambda d: d["rows"][1].update(scores="01x1"), r"field 'rows\[1\].scores'"),
         (lambda d: d["rows"][1].update(scores="010"), "holds 3 documents, but n is 4"),
         (lambda d: d["rows"].append(d["rows"][0]), r"'rows\[5\]' repeats rows\[0\]"),
@@ -112,6 +146,7 @@ def test_a_corrupt_record_is_named_and_left_alone(tmp_path, change, words):
     with pytest.raises(ValueError, match=words) as caught:
         read_record(path)
     assert str(path) in str(caught.value) and "left alone" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
 
 
@@ -235,16 +270,16 @@ def test_environment_can_be_recorded(tmp_path):
 
 @pytest.fixture
 def package_copy(tmp_path, monkeypatch):
-    """A folder `matryoshka_lora` that records.py takes for its own."""
+    """A folder `matryoshka_lora` that provenance.py takes for its own."""
     monkeypatch.delenv("MATRYOSHKA_GIT_SHA", raising=False)
     # Whatever repository the tests run in must not be found above the temporary folder.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     package = tmp_path / "matryoshka_lora"
     package.mkdir()
-    (package / "records.py").write_text("# copy\n")
+    (package / "provenance.py").write_text("# copy\n")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "table.md").write_text("old\n")
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     return tmp_path
 
 
@@ -255,22 +290,22 @@ def git(folder, *arguments):
 
 
 def test_git_facts(package_copy, monkeypatch):
-    assert records._git() is None  # no repository
+    assert git_state() is None  # no repository
     git(package_copy, "init", "-q")
-    assert records._git() is None  # not tracked: somebody else's repository
+    assert git_state() is None  # not tracked: somebody else's repository
     git(package_copy, "add", ".")
-    assert records._git() is None  # no commit yet
+    assert git_state() is None  # no commit yet
     git(package_copy, "commit", "-q", "-m", "one")
     sha = git(package_copy, "rev-parse", "HEAD")
-    assert records._git() == {"sha": sha, "dirty": False}
+    assert git_state() == {"sha": sha, "dirty": False}
     (package_copy / "results" / "table.md").write_text("new\n")
-    assert records._git() == {"sha": sha, "dirty": False}  # results are output, not code
-    (package_copy / "matryoshka_lora" / "records.py").write_text("# changed\n")
-    assert records._git() == {"sha": sha, "dirty": True}
+    assert git_state() == {"sha": sha, "dirty": False}  # results are output, not code
+    (package_copy / "matryoshka_lora" / "provenance.py").write_text("# changed\n")
+    assert git_state() == {"sha": sha, "dirty": True}
     monkeypatch.setenv("PATH", "")
-    assert records._git() is None  # no git
+    assert git_state() is None  # no git
 
 
 def test_git_facts_can_be_given(package_copy, monkeypatch):
     monkeypatch.setenv("MATRYOSHKA_GIT_SHA", "0123abc-dirty")
-    assert records._git() == {"sha": "0123abc", "dirty": True}
+    assert git_state() == {"sha": "0123abc", "dirty": True}

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.reporting import (
     format_run_table,
     plot_tables,
@@ -19,8 +20,9 @@ from matryoshka_lora.reporting import (
     write_tables,
 )
 from matryoshka_lora.reporting.differences import differences
+from matryoshka_lora.reporting.frame import tidy_frame
 from matryoshka_lora.reporting.plots import _drawn
-from matryoshka_lora.runs.record import Record, Row, read_record, write_record
+from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -238,6 +240,56 @@ def test_a_point_that_one_seed_lacks(grid):
     assert dylora.aurac["log2"].mean == pytest.approx((25 + 35) / 2)
 
 
+def test_the_tidy_frame(grid):
+    """A line a row in the order of the tables, and one for each run without rows."""
+    grid[0].status = "training"
+    frame = tidy_frame(grid[::-1], planned=[config(seed=2), config("matryoshka")])
+    runs = frame.drop_duplicates("run")[["run", "group", "R", "seed", "problem"]]
+    assert runs.values.tolist() == [
+        ["lora-r4-seed1", 0, 4, 1, None],
+        ["lora-r1-seed1", 1, 1, 1, None],
+        ["dylora-r4-seed1", 2, 4, 1, "training"],
+        ["dylora-r4-seed2", 2, 4, 2, None],
+        ["planned run 2", 3, 4, 1, "no record"],
+    ]
+    assert frame["run"].value_counts().to_dict() == {
+        "lora-r4-seed1": 4, "lora-r1-seed1": 3, "dylora-r4-seed1": 1, "dylora-r4-seed2": 4,
+        "planned run 2": 1,
+    }  # fmt: skip
+    line = frame[(frame["run"] == "lora-r4-seed1") & (frame["rank"] == 4)].iloc[0]
+    assert (line["value"], line["n"], line["trained_rank"], line["same_as"]) == (
+        0.5,
+        10,
+        True,
+        None,
+    )
+    assert frame["value"].isna().sum() == 2
+
+
+def test_a_plan_trains_on_the_content_of_the_records(grid):
+    """A plan knows no fingerprint, yet its runs are seeds of the row; other data make another."""
+    for one in grid[:2]:
+        one.data["fingerprint"] = "0123456789"
+    (table,) = rank_tables(grid, [config(seed=s) for s in (1, 2, 3)])
+    dylora = next(r for r in table.rows if r.method_name == "dylora")
+    assert (dylora.method, dylora.seeds, dylora.planned) == ("DyLoRA (data=01234567)", 2, 3)
+    grid[1].data["fingerprint"] = "9876543210"
+    (table,) = rank_tables(grid)
+    names = [r.method for r in table.rows if r.method_name == "dylora"]
+    assert names == ["DyLoRA (data=01234567)", "DyLoRA (data=98765432)"]
+
+
+def test_a_method_of_another_version(grid):
+    """It has its name for a label, stands last, and its seeds are pooled where nothing differs."""
+    other = [record(curve([0.2, 0.3, 0.4]), method="later", seed=seed) for seed in (1, 2)]
+    other += [record(curve([0.2, 0.3, 0.4]), method="later", method__draw="sample")]
+    (table,) = rank_tables([*other, *grid])
+    rows = [(r.method, r.seeds) for r in table.rows if r.kind == "curve"]
+    assert rows == [
+        ("LoRA", 1), ("DyLoRA", 2), ("later (draw=sample)", 1), ("later (draw=step)", 2),
+    ]  # fmt: skip
+
+
 def test_unfinished_runs_do_not_count(grid):
     grid[0].status = "evaluating"
     (table,) = rank_tables(grid)
@@ -385,6 +437,37 @@ def test_the_script(grid, tmp_path):
     assert done.returncode == 1 and "run0/record.json is not a valid" in done.stderr
     assert "Traceback" not in done.stderr
     assert corrupt.read_text() == '{"schema": 1'
+
+
+def test_the_script_on_ones_own_runs(grid, tmp_path):
+    """All runs below a folder make one table; JSON of other tools in a run's folder is left out."""
+    runs = tmp_path / "results" / "runs"
+    for number, one in enumerate(grid):
+        folder = runs / "arithmetic" / f"tiny{number % 2}" / f"lr{number}"
+        (folder / "wandb" / "files").mkdir(parents=True)
+        (folder / "wandb" / "files" / "wandb-summary.json").write_text("{}")
+        (folder / "config.yaml").touch()
+        write_record(folder / "record.json", one)
+    (runs / "stopped" / "wandb").mkdir(parents=True)  # before its first record
+    (runs / "stopped" / "config.yaml").touch()
+    (runs / "stopped" / "wandb" / "wandb-metadata.json").write_text("{}")
+    done = report("records=results/runs", "output=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = write_report("runs", grid, tmp_path / "expected")
+    for path in expected:
+        made = tmp_path / "out" / path.relative_to(tmp_path / "expected")
+        assert made.read_bytes() == path.read_bytes()
+    # Whole runs beside committed records are a table like any other.
+    write_record(tmp_path / "results" / "flat" / "one.json", grid[0])
+    done = report("results", "output=out", cwd=tmp_path)
+    assert done.returncode == 0 and "out/tables/flat.md" in done.stdout, done.stderr
+
+
+def test_the_script_says_what_it_takes(tmp_path):
+    done = report("--help", cwd=tmp_path)
+    assert done.returncode == 0 and "[results/records]" in done.stdout and "output" in done.stdout
+    done = report("outptu=x", cwd=tmp_path)
+    assert done.returncode == 1 and "did you mean output" in done.stderr
 
 
 def test_the_script_without_records(tmp_path):

@@ -1,34 +1,33 @@
 """The grids of the tables: what is planned, searched, resumed, published and refused."""
 
 import dataclasses
-import importlib.util
 import math
-import sys
+import re
 from pathlib import Path
 
+import estimate
+import grid
 import pytest
+import reproduce
+import reproduce_options
 import tiny_lm
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
-from matryoshka_lora.cli import one_line
-from matryoshka_lora.config import build_config
-from matryoshka_lora.pipeline import prepare, wanted_points
+from matryoshka_lora.cli import one_line, parse_options
+from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.inputs import prepare
+from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def reproduce():
-    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def main(arguments: list[str]) -> int:
+    """`python scripts/reproduce.py ARGUMENTS` in this process."""
+    return reproduce.main(parse_options(reproduce.Options, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def local(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def trained(monkeypatch, reproduce):
+def trained(monkeypatch):
     """Jobs write a record instead of training; returns their overrides, and what is to fail.
 
     The held-out loss is lowest at lr 3e-4; a job fails if its overrides hold a key of `fails`.
@@ -86,31 +85,29 @@ def trained(monkeypatch, reproduce):
 
     monkeypatch.setattr(reproduce, "run_jobs", run_jobs)
     monkeypatch.setattr(
-        reproduce, "environment", lambda: {"device": {"kind": "cpu", "name": "this one"}}
+        estimate, "environment", lambda: {"device": {"kind": "cpu", "name": "this one"}}
     )
     return ran, fails
 
 
-def test_table2_tiny_is_four_methods_and_a_dedicated_lora(
-    reproduce, local, tmp_path, trained, capsys
-):
+def test_table2_tiny_is_four_methods_and_a_dedicated_lora(local, tmp_path, trained, capsys):
     arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
-    assert reproduce.main([*arguments, "dry=1"]) == 0
+    assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
     assert "15 runs, 0 finished, 15 to do" in shown and "estimated time: unknown" in shown
     ran, _ = trained
     assert ran == []
     assert not (tmp_path / "records").exists()
 
-    assert reproduce.main([*arguments, "methods=lora,dylora"]) == 0
+    assert main([*arguments, "methods=lora,dylora"]) == 0
     assert len(ran) == 9
     capsys.readouterr()
-    assert reproduce.main([*arguments, "dry=1"]) == 0
+    assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
     # 6 runs of R=32 and their 90 s each are known from lora and dylora.
     assert "15 runs, 9 finished, 6 to do" in shown and "estimated time: 9 min" in shown
 
-    assert reproduce.main(arguments) == 0
+    assert main(arguments) == 0
     assert len(ran) == 15
     settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
     assert {s["seed"] for s in settings} == {"42", "666", "2408"}
@@ -125,18 +122,18 @@ def test_table2_tiny_is_four_methods_and_a_dedicated_lora(
     assert (tmp_path / "figures/table2-tiny.png").is_file()
     assert "tables/table2-tiny.md" in capsys.readouterr().out
 
-    assert reproduce.main(arguments) == 0
+    assert main(arguments) == 0
     assert len(ran) == 15, "finished runs are not run again"
 
 
 def test_a_failed_job_leaves_a_hole_and_is_the_only_one_to_run_again(
-    reproduce, local, tmp_path, trained, capsys
+    local, tmp_path, trained, capsys
 ):
     ran, fails = trained
     arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
     arguments += ["methods=lora,matryoshka", "seeds=42,666"]
     fails["method=matryoshka"] = "OutOfMemoryError: no memory"
-    assert reproduce.main(arguments) == 1
+    assert main(arguments) == 1
     shown = capsys.readouterr()
     assert len(ran) == 6  # two of them dedicated
     assert shown.err.count("OutOfMemoryError: no memory") == 2 and "a.log" in shown.err
@@ -145,29 +142,79 @@ def test_a_failed_job_leaves_a_hole_and_is_the_only_one_to_run_again(
     records = find_records(tmp_path / "records" / "table2-tiny", "*.json")
     assert len(records) == 4
     fails.clear()
-    assert reproduce.main(arguments) == 0
+    assert main(arguments) == 0
     assert len(ran) == 8
     assert "missing" not in (tmp_path / "tables" / "table2-tiny.md").read_text()
 
 
-def test_other_records_of_the_table_are_removed_loudly(reproduce, local, tmp_path, trained, caplog):
+def test_other_seeds_of_the_grid_stay_and_are_reported(local, tmp_path, trained, caplog, capsys):
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
+    folder = tmp_path / "records" / "table2-tiny"
+    assert main([*arguments, "methods=matryoshka", "seeds=42,666"]) == 0
+    before = {path: path.read_bytes() for path in find_records(folder, "*.json")}
+    assert main([*arguments, "methods=matryoshka,lora", "seeds=2408"]) == 0
+    there = find_records(folder, "*.json")
+    assert len(there) == 5  # with a dedicated LoRA
+    assert all(path.read_bytes() == content for path, content in before.items())
+    table = (tmp_path / "tables" / "table2-tiny.md").read_text()
+    assert "| MatryoshkaLoRA | prefix | 0.006 | 3 |" in re.sub(" +", " ", table)
+    assert "not of this grid" not in caplog.text
+    assert "2 more records of this grid" in capsys.readouterr().out
+    # The same as `make report` writes.
+    paths = write_report("table2-tiny", [read_record(path) for path in there], tmp_path / "again")
+    assert paths[1].read_text() == table or table in {
+        p.read_text() for p in paths if p.suffix == ".md"
+    }
+
+
+def test_records_of_other_grids_are_removed_only_when_told(local, tmp_path, trained, caplog):
     arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
-    assert reproduce.main([*arguments, "seeds=42,666"]) == 0
-    assert reproduce.main([*arguments, "seeds=666"]) == 0
-    (left,) = find_records(tmp_path / "records" / "table2-tiny", "*.json")
-    assert read_record(left).config["seed"] == 666
-    assert left.name.startswith("arithmetic-tiny-matryoshka-r32-none-lr")
-    assert "removed 1 records" in caplog.text and "seed42" in caplog.text
+    folder = tmp_path / "records" / "table2-tiny"
+    assert main([*arguments, "seeds=42", "trainer.max_steps=7"]) == 0
+    (other,) = find_records(folder, "*.json")
+    (broken := folder / "broken.json").write_text("{")
+    assert main([*arguments, "seeds=42,666"]) == 0
+    assert len(find_records(folder, "*.json")) == 4 and broken.read_text() == "{"
+    assert "2 records are not of this grid; they stay" in caplog.text and other.name in caplog.text
+    table = re.sub(" +", " ", (tmp_path / "tables" / "table2-tiny.md").read_text())
+    assert "| MatryoshkaLoRA | prefix | 0.006 | 2 |" in table and "max_steps" not in table
+    assert main([*arguments, "seeds=666", "prune=1"]) == 0
+    assert {read_record(path).config["seed"] for path in find_records(folder, "*.json")} == {
+        42,
+        666,
+    }
+    assert not other.exists() and not broken.exists()
 
 
-def test_several_learning_rates_are_searched_on_held_out_records(
-    reproduce, local, tmp_path, trained, capsys
+def test_a_record_under_an_older_name_gives_way_to_that_of_the_same_run(
+    local, tmp_path, trained, caplog
 ):
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    folder = tmp_path / "records" / "table2-tiny"
+    assert main([*arguments, "seeds=42,666"]) == 0
+    for path in find_records(folder, "*.json"):
+        record = dataclasses.replace(read_record(path), run_hash="01234567")
+        write_record(path.with_name(path.name[:-13] + "01234567.json"), record)
+        path.unlink()
+    assert main([*arguments, "seeds=42"]) == 0
+    names = [path.name for path in find_records(folder, "*.json")]
+    assert len(names) == 2 and ["01234567" in name for name in names] == [False, True]
+    assert "seed42-01234567.json: the record of the same run has a new name" in caplog.text
+
+
+def test_the_committed_records_of_table2_are_of_its_grid():
+    planner = grid.Planner(parse_options(reproduce.Options, ["table2", "model=tiny", "seeds=42"]))
+    (table,) = planner.tables()
+    records = find_records(ROOT / "results" / "records" / "table2-tiny", "*.json")
+    assert len(records) == 15 and all(table.holds(read_record(path)) for path in records)
+
+
+def test_several_learning_rates_are_searched_on_held_out_records(local, tmp_path, trained, capsys):
     ran, fails = trained
     arguments = ["table2", "model=llama3_1b", *local, f"output_dir={tmp_path}", "ranks=4"]
     arguments += ["scalings=none", "methods=lora,matryoshka", "seeds=42,666"]
     fails["trainer.lr=0.001"] = "FloatingPointError: loss is nan at step 3"
-    assert reproduce.main(arguments) == 0, "a training that diverges has lost, and no more"
+    assert main(arguments) == 0, "a training that diverges has lost, and no more"
     settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
     search, final = settings[:6], settings[6:]
     assert {s["seed"] for s in search} == {"42"} and len(final) == 4
@@ -183,15 +230,15 @@ def test_several_learning_rates_are_searched_on_held_out_records(
         assert len(find_records(tmp_path / "records" / table, "*.json")) == 4
         assert (tmp_path / "tables" / f"{table}.md").is_file()
     ran.clear()
-    assert reproduce.main(arguments) == 0 and ran == []
+    assert main(arguments) == 0 and ran == []
 
 
-def test_a_search_that_is_not_complete_chooses_nothing(reproduce, local, tmp_path, trained, capsys):
+def test_a_search_that_is_not_complete_chooses_nothing(local, tmp_path, trained, capsys):
     ran, fails = trained
     arguments = ["table2", "model=llama3_1b", *local, f"output_dir={tmp_path}", "ranks=4"]
     arguments += ["scalings=none", "methods=lora,dylora", "seeds=42", "recipe=default"]
     fails["method=lora"] = "OSError: no space left"
-    assert reproduce.main(arguments) == 1
+    assert main(arguments) == 1
     shown = capsys.readouterr().err
     assert "lora R=4 none: no learning rate could be chosen" in shown
     assert "no space left" in shown
@@ -202,46 +249,45 @@ def test_a_search_that_is_not_complete_chooses_nothing(reproduce, local, tmp_pat
     assert rules == {"eval.rules=[trained]"}
 
 
-def test_the_grids_of_the_paper(reproduce, local, tmp_path, capsys, trained):
+def test_the_grids_of_the_paper(local, tmp_path, capsys, trained):
     common = [*local, f"output_dir={tmp_path}"]
-    assert len(reproduce.PAPER_LRS) == 23 and 7e-4 not in reproduce.PAPER_LRS
-    assert sorted(reproduce.PAPER_LRS) == reproduce.PAPER_LRS
-    assert reproduce.main(["table2", "model=llama3_8b", "dry=1", *common]) == 0
+    assert len(reproduce_options.PAPER_LRS) == 23 and 7e-4 not in reproduce_options.PAPER_LRS
+    assert sorted(reproduce_options.PAPER_LRS) == reproduce_options.PAPER_LRS
+    assert main(["table2", "model=llama3_8b", "dry=1", *common]) == 0
     # 4 methods x 2 ranks x 3 scalings, 3 learning rates and 3 seeds.
     assert "144 runs, 0 finished" in capsys.readouterr().out
     small = ["seeds=42", "methods=lora", "ranks=32", "scalings=none", "dry=1"]
-    assert reproduce.main(["table2", "model=llama3_8b", "lrs=paper", *small, *common]) == 0
+    assert main(["table2", "model=llama3_8b", "lrs=paper", *small, *common]) == 0
     assert "24 runs" in capsys.readouterr().out
-    assert reproduce.main(["table2", "model=llama3_8b", "lrs=1e-4", *small, *common]) == 0
+    assert main(["table2", "model=llama3_8b", "lrs=1e-4", *small, *common]) == 0
     shown = capsys.readouterr().out
     assert "1 runs" in shown and "search" not in shown
 
 
-def test_without_a_hub_a_dry_plan_is_still_shown(reproduce, tmp_path, capsys, monkeypatch):
+def test_without_a_hub_a_dry_plan_is_still_shown(tmp_path, capsys, monkeypatch):
     asked = []
 
     def prepare(config):
         asked.append(config)
         raise ValueError("the hub cannot be reached")
 
-    monkeypatch.setattr(reproduce, "prepare", prepare)
+    monkeypatch.setattr(grid, "prepare", prepare)
     arguments = ["table3", f"output_dir={tmp_path}"]
-    assert reproduce.main([*arguments, "dry=1"]) == 0
+    assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
     assert "288 runs" in shown and "unknown, because the hub cannot be reached" in shown
     assert "table3-llama3_1b:" in shown and "table3-llama3_8b:" in shown
     assert len(asked) == 1 and asked[0].dataset.name == "platypus"
     with pytest.raises(ValueError, match="the hub cannot be reached"):
-        reproduce.main(arguments)
+        main(arguments)
 
 
-def test_slurm_jobs_are_products_of_exactly_the_pending_runs(
-    reproduce, local, tmp_path, monkeypatch
-):
+def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, monkeypatch):
     fake = write_fake_slurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", str(fake), prepend=":")
-    options = reproduce.parse(
-        ["table2", "model=tiny", "launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    options = parse_options(
+        reproduce.Options,
+        ["table2", "model=tiny", "launcher=submitit_slurm", "hydra.launcher.partition=gpu"],
     )
     runs = [
         {"model": "tiny", "method": m, "trainer.lr": lr, "seed": s, "adapter.rank": "4",
@@ -249,9 +295,7 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(
         for m, lr in (("lora", "0.1"), ("dylora", "0.1"), ("matryoshka", "0.2"))
         for s in "123"
     ]  # fmt: skip
-    jobs = reproduce.slurm_jobs(
-        [reproduce.Run(settings, None, None) for settings in runs[1:]], options
-    )
+    jobs = reproduce.slurm_jobs([grid.Run(settings, None, None) for settings in runs[1:]], options)
     swept = []
     for job in jobs:
         assert job.overrides[:2] == ("-m", "hydra/launcher=submitit_slurm")
@@ -271,14 +315,14 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tabel2"], "'tabel2' is unknown; allowed: table2, table3 .did you mean table2"),
+        (["tabel2"], "table=tabel2 is unknown; allowed: table2, table3 .did you mean table2"),
         (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
         (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
         (["table2", "seeds=1,1"], "each once"),
         (["table2", "lrs=fast"], "'fast' is not a number"),
         (["table2", "limit=0"], "limit=0 must be a positive integer"),
-        (["table2", "gpus=two"], "gpus=two must be a positive integer"),
-        (["table2", "dry=maybe"], "dry=maybe must be 0 or 1"),
+        (["table2", "gpus=two"], "gpus=two: 'two' is not an integer"),
+        (["table2", "dry=maybe"], "dry=maybe must be true or false .or 1 or 0"),
         (["table2", "launcher=slurm"], "launcher=slurm is unknown.*submitit_slurm"),
         (["table2", "launcher=submitit_slurm"], "no sbatch or srun here"),
         (["table2", "hydra.launcher.partition=gpu"], "needs launcher=submitit_slurm"),
@@ -297,37 +341,35 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(
     ],
 )
 def test_a_mistake_is_one_error_before_anything_starts(
-    reproduce, tmp_path, trained, arguments, message, monkeypatch
+    tmp_path, trained, arguments, message, monkeypatch
 ):
-    monkeypatch.setattr(reproduce.shutil, "which", lambda name: None)
+    monkeypatch.setattr(reproduce_options.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        reproduce.main([*arguments, f"output_dir={tmp_path}"])
+        main([*arguments, f"output_dir={tmp_path}"])
     assert trained[0] == []
 
 
-def test_unknown_keys_and_corrupt_records_are_named(reproduce, local, tmp_path, trained):
+def test_unknown_keys_and_corrupt_records_are_named(local, tmp_path, trained):
     arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
     with pytest.raises(ConfigCompositionException) as caught:
-        reproduce.main([*arguments, "trainer.epohcs=2"])
+        main([*arguments, "trainer.epohcs=2"])
     assert "epohcs" in one_line(caught.value) and "did you mean epochs" in one_line(caught.value)
-    assert reproduce.main([*arguments, "seeds=42"]) == 0
+    assert main([*arguments, "seeds=42"]) == 0
     (path,) = find_records(tmp_path / "runs", "record.json")
     path.write_text("{")
     with pytest.raises(ValueError, match=r"record\.json is not a valid run record"):
-        reproduce.main(arguments)
+        main(arguments)
     assert path.read_text() == "{" and len(trained[0]) == 1
 
 
-def test_table3_on_the_embedded_model_ends_in_a_table(
-    reproduce, local, tmp_path, monkeypatch, capfd
-):
+def test_table3_on_the_embedded_model_ends_in_a_table(local, tmp_path, monkeypatch, capfd):
     """The whole path as `make reproduce-table3 MODEL=tiny LIMIT=20` takes it, made short."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     arguments = ["table3", "model=tiny", "limit=20", "gpus=2", local[0], f"output_dir={tmp_path}"]
     arguments += ["methods=matryoshka", "seeds=42", "trainer.max_steps=2"]
     arguments += ["eval.tasks=[arc_challenge:25,hellaswag:10]"]
-    assert reproduce.main([*arguments, "eval.ranks=[32]", "eval.rules=[prefix]"]) == 0
+    assert main([*arguments, "eval.ranks=[32]", "eval.rules=[prefix]"]) == 0
     table = (tmp_path / "tables" / "table3-tiny-limit20.md").read_text()
     assert "## arc_challenge 25-shot, first 20 documents, acc" in table
     assert "## hellaswag 10-shot, first 20 documents, acc_norm" in table

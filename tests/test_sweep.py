@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -19,21 +20,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.core.adapter import adapter_layers, at_rank
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
-from matryoshka_lora.evaluation.engines.hf import HFEngine
+from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.sweep import (
-    AHEAD,
-    Plan,
-    ahead,
-    plan_points,
-    run_sweep,
-    samples_path,
-)
+from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, prefetch
+from matryoshka_lora.evaluation.readings import Plan, plan_points
+from matryoshka_lora.evaluation.rows import Row, decode_scores
+from matryoshka_lora.evaluation.samples import Samples, samples_path
+from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
-from matryoshka_lora.runs.record import Row, decode_scores
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 RULES = ("prefix", "trained", "svd")
@@ -204,7 +202,7 @@ def hf_sweep(data: Path, tmp_path_factory: pytest.TempPathFactory):
     tasks = load_tasks(specs, data_path=folder / "data", limit=4)
     plan = plan_points(tiny_lm.spec(), [1, 2], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
     readings = {key: plan.readings[key] for key in READINGS}
-    plan = Plan(tuple(readings.values()), readings, plan.train_ranks)
+    plan = replace(plan, points=tuple(readings.values()), readings=readings)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()).train(), tiny_lm.tokenizer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = HFEngine(model, tokenizer, batch_size=3)
@@ -386,6 +384,136 @@ def test_damaged_file_is_named_and_left_alone(data: Path, tmp_path: Path, plan: 
         assert path.read_bytes() == b"\n".join(damaged)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"scores": {}}, "it has no scores"),
+        ({"scores": {"none": {}}}, "scores of filter 'none' are {}"),
+        ({"scores": {"none": {"acc": float("nan")}}}, "acc is nan, not a number"),
+        ({"scores": {"none": {"acc": float("inf")}}}, "acc is inf, not a number"),
+        ({"scores": {"none": {"acc": None}}}, "acc is None, not a number"),
+        ({"scores": {"none": {"acc": "1"}}}, "acc is '1', not a number"),
+        ({"loss_sum": float("nan")}, "loss_sum is nan, not a number"),
+        ({"loss_sum": None}, "loss_sum is None, but its target_tokens are 3"),
+        ({"target_tokens": 0}, "target_tokens are 0"),
+        ({"target_tokens": 1.5}, "target_tokens are 1.5"),
+        ({"target_tokens": None}, "target_tokens are None"),
+        ({"outputs": [None]}, "outputs are"),
+        ({"doc_id": -1}, "'doc_id' is '-1'"),
+        ({"rank": "2"}, "'rank' is '2'"),
+        ({"hash": None}, "'hash': expected str"),
+    ],
+)
+def test_a_line_that_would_change_n_or_a_mean_is_refused(
+    changes: dict, match: str, data: Path, tmp_path: Path
+) -> None:
+    """Wherever it is: a last line is dropped only where it is not JSON."""
+    (task,) = load_tasks([("arc_challenge", 0)], data_path=data, limit=3)
+    model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
+    plan = plan_points(tiny_lm.spec(), [1], ["prefix"], [1])
+    run_sweep(model, tokenizer, [task], plan, FakeEngine(), tmp_path)
+    path = samples_path(tmp_path, task)
+    whole = [json.loads(x) | {"target_tokens": 3} for x in path.read_text().splitlines()]
+    for number in (2, len(whole)):
+        damaged = [x | (changes if n == number else {}) for n, x in enumerate(whole, 1)]
+        path.write_text("".join(json.dumps(x) + "\n" for x in damaged))
+        content = path.read_bytes()
+        with pytest.raises(
+            UserError, match=rf"arc_challenge-0\.jsonl is damaged at line {number} "
+        ) as e:
+            run_sweep(model, tokenizer, [task], plan, FakeEngine(fail_after=0), tmp_path)
+        assert match in str(e.value)
+        assert path.read_bytes() == content
+
+
+def test_scores_in_memory_are_those_that_are_read_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (task,) = load_tasks([("gsm8k", 0)], data_path=data, limit=2)
+    task.requests(harness_lm(tiny_lm.model(2048), tiny_lm.tokenizer()))
+    values = {
+        "acc": np.float32(1 / 3),
+        "f1": (np.int64(1), [2.0, (np.bool_(True), "é\u2028", None)]),
+        "by_kind": {1: np.array([0.1, float("inf")]), None: {"a": Path("x")}, 2.5: 1e-300},
+    }
+    monkeypatch.setattr(task._task, "process_results", lambda doc, results: values)
+    point = plan_points(tiny_lm.spec(), [1], ["prefix"], [1]).points[1]
+    store = Samples(tmp_path, task, "a")
+    with store.appending() as append:
+        for doc_id in range(2):
+            append(point, doc_id, [Output(text="7 \n"), Output(logprob=-1 / 3)])
+    read = Samples(tmp_path, task, "a")
+    assert read.missing(point) == store.missing(point) == set()
+    assert read.scores(point) == store.scores(point)
+    assert repr(read.scores(point)) == repr(store.scores(point))
+    assert Samples(tmp_path, task, "b").missing(point) == {0, 1}
+
+
+def test_a_score_that_could_not_be_read_again_is_not_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (task,) = load_tasks([("arc_challenge", 0)], data_path=data, limit=1)
+    task.requests(harness_lm(tiny_lm.model(2048), tiny_lm.tokenizer()))
+    point = plan_points(tiny_lm.spec(), [1], ["prefix"], [1]).points[1]
+    store = Samples(tmp_path, task, "")
+    outputs = [Output(logprob=-1.0) for _ in task.document_requests(0)]
+    for made, match in (({"acc": np.nan}, "acc is nan"), ({}, "it has no scores")):
+        monkeypatch.setattr(task._task, "process_results", lambda doc, results, made=made: made)
+        with store.appending() as append, pytest.raises(UserError, match=f"document 0.*{match}"):
+            append(point, 0, outputs)
+    assert store.path.read_bytes() == b"" and store.missing(point) == {0}
+
+
+def test_rows_of_a_group_come_when_its_last_task_is_complete(data: Path, tmp_path: Path) -> None:
+    rng, folder = random.Random(0), tmp_path / "data"
+    index = TaskManager(include_path=SHIPPED / "mmlu", include_defaults=False).task_index
+    names = sorted(index["mmlu_humanities_tasks"].tags)
+    for member in names:
+        documents = [
+            {"question": f"{member} {n}?", "choices": list("wxyz"), "answer": rng.randrange(4)}
+            for n in range(2)
+        ]
+        tiny_lm.write_jsonl(folder / member.removeprefix("mmlu_") / "test.jsonl", documents)
+    model, tokenizer = tiny_lm.adapt(tiny_lm.model(2048)), tiny_lm.tokenizer()
+    plan = plan_points(tiny_lm.spec(), [1, 4], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
+
+    def once(engine: FakeEngine) -> tuple[list[Row], list[tuple[str, Point, list[Row]]]]:
+        told = []
+        tasks = load_tasks([("mmlu_humanities", 0)], data_path=folder)
+        rows = run_sweep(
+            *(model, tokenizer, tasks, plan, engine, tmp_path / "samples"),
+            on_point=lambda source, point, of: told.append((source.name, point, of)),
+        )
+        return rows, told
+
+    with pytest.raises(RuntimeError, match="killed"):
+        once(FakeEngine(shuffle=1, fail_after=300))
+    rows, told = once(FakeEngine(shuffle=2))
+    assert Counter((name, point) for name, point, _ in told) == {
+        (name, point): 1 for name in ("mmlu_humanities", *names) for point in plan.points
+    }
+    for point in plan.points:  # the group's last, right behind its last task
+        assert [name for name, p, _ in told if p == point][-1] == "mmlu_humanities"
+    # What is told is what is returned, each row once; the group's stand before its tasks'.
+    assert Counter(map(repr, rows)) == Counter(repr(row) for _, _, of in told for row in of)
+    assert list(dict.fromkeys(row.task for row in rows)) == ["mmlu_humanities", *names]
+    again, _ = once(FakeEngine(fail_after=0))
+    assert again == rows
+
+
+def test_rows_are_read_without_anything_heavy() -> None:
+    code = "import sys, matryoshka_lora.evaluation.rows; print(*sys.modules)"
+    package = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": package},
+    )
+    assert not {"torch", "lm_eval", "transformers", "accelerate"} & set(done.stdout.split())
+
+
 def test_changed_data_limit_or_adapter_is_noticed(data: Path, tmp_path: Path, plan: Plan) -> None:
     folder = tmp_path / "samples"
     sweep(data, folder, FakeEngine(), plan, limit=3, identity="a")
@@ -483,7 +611,7 @@ data, out = Path(sys.argv[2]), Path(sys.argv[3])
 sweep.GATHER_EVERY = 5
 processes = Accelerator(cpu=True)
 assert processes.num_processes == 2
-plan = sweep.plan_points(tiny_lm.spec(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
+plan = test_sweep.plan_points(tiny_lm.spec(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
 for name, lockstep in (("sharded", False), ("lockstep", True)):
     for attempt in ("first", "again"):
         engine = test_sweep.FakeEngine(shuffle=processes.process_index)
@@ -526,7 +654,7 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
         assert len(answered) == len(alone.answered)
 
 
-def test_items_are_made_ahead_and_end_closed() -> None:
+def test_items_are_prefetched_and_end_closed() -> None:
     closed, made = [], []
 
     def items(count, error=None):
@@ -539,15 +667,15 @@ def test_items_are_made_ahead_and_end_closed() -> None:
         finally:
             closed.append(threading.current_thread())
 
-    assert list(ahead(items(20_000))) == list(range(20_000))
+    assert list(prefetch(items(20_000))) == list(range(20_000))
     with pytest.raises(OSError, match="device fell off"):
-        list(ahead(items(3, OSError("device fell off"))))
+        list(prefetch(items(3, OSError("device fell off"))))
     made.clear()
-    some = ahead(items(10**9))
+    some = prefetch(items(10**9))
     assert [next(some) for _ in range(3)] == [0, 1, 2]
     some.close()
     # Neither endless nor in the thread that takes them.
-    assert len(made) <= AHEAD + 5 and len(closed) == 3
+    assert len(made) <= MAX_PREFETCHED + 5 and len(closed) == 3
     assert threading.main_thread() not in closed
 
 
@@ -564,6 +692,6 @@ def test_answers_are_scored_in_the_main_thread(
 
     monkeypatch.setattr(EvalTask, "score", score)
     # As with a GPU.
-    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: ahead(engine.run(jobs)))
+    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: prefetch(engine.run(jobs)))
     sweep(data, tmp_path, FakeEngine(), plan, limit=2)
     assert threads and set(threads) == {threading.main_thread()}

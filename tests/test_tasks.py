@@ -16,7 +16,8 @@ from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.evaluation.engines.hf import harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Output
-from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks, loss_aggregate
+from matryoshka_lora.evaluation.rows import loss_aggregate
+from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 SHARED = Path(__file__).parents[2] / "shared" / "data"

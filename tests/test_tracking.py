@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config
 from matryoshka_lora.reporting.aurac import aurac
 from matryoshka_lora.runs.record import Record, Row
@@ -302,11 +303,16 @@ def dashboard() -> ModuleType:
     return module
 
 
+def show(arguments: list[str]) -> None:
+    script = dashboard()
+    script.main(parse_options(script.Options, arguments))
+
+
 def test_dashboard_shows_what_tracking_logs(
     written: RunFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not installed")
-    dashboard().main(["entity=team", "tasks=[gsm8k:3]", "rules=[prefix]", "--dry-run"])
+    show(["entity=team", "tasks=[gsm8k:3]", "rules=[prefix]", "dry_run=true"])
     spec = json.loads(capsys.readouterr().out)
     sections = spec["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == ["Accuracy over rank", "AURAC", "Training"]
@@ -334,4 +340,4 @@ def test_dashboard_shows_what_tracking_logs(
 )
 def test_dashboard_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dashboard().main([*arguments, "--dry-run"])
+        show([*arguments, "dry_run=true"])

@@ -1,6 +1,7 @@
 """The loop: cutting a batch, packing it, resuming and freezing do not change the mathematics."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -14,11 +15,27 @@ from transformers import AttentionInterface
 
 from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
-from matryoshka_lora.data import Example
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.data.loss import batch_loss
+from matryoshka_lora.data.packing import pack
+from matryoshka_lora.methods import Hooks
+from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
-from matryoshka_lora.training import batch_loss, fit, loop
-from matryoshka_lora.training.plan import batch_ids, check_cut, cut, total_steps
+from matryoshka_lora.training import gradients
+from matryoshka_lora.training.checkpoints import (
+    OPTIMIZER_STATE,
+    TrainingState,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from matryoshka_lora.training.loop import fit
+from matryoshka_lora.training.plan import (
+    batch_ids,
+    check_effective_batch,
+    split_into_forwards,
+    total_steps,
+)
 
 
 def make_examples(count=50, seed=0):
@@ -49,13 +66,16 @@ def make_model(config, dtype=torch.float32, fill_B=False):
     return model
 
 
-def train(folder, config, model=None, examples=None):
+def train(folder, config, model=None, examples=None, hooks=None):
     model = make_model(config) if model is None else model
+    method = build_method(config)
+    if hooks is not None:
+        method = dataclasses.replace(method, hooks=hooks)
     folder.mkdir(parents=True, exist_ok=True)
     summary = fit(
         model,
         examples or make_examples(),
-        build_method(config),
+        method,
         config,
         folder,
         Accelerator(cpu=True),
@@ -154,20 +174,23 @@ def test_bfloat16_gradients_point_where_float32_ones_do(method, device):
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) >= 0.999
 
 
-def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path, monkeypatch):
+def test_the_loops_own_gradients_do_not_depend_on_the_cut(tmp_path):
     seen = []
-    monkeypatch.setattr(
-        loop,
-        "_update",
-        lambda optimizer, parameters, live: seen.append(
-            torch.cat([p.grad.flatten().clone() for p in parameters])
-        ),
-    )
+
+    class Recorder(Hooks):
+        def start(self, parameters, optimizer, steps):
+            self.parameters = parameters
+
+        def after_backward(self, step, choice):
+            seen.append(torch.cat([p.grad.flatten().clone() for p in self.parameters.values()]))
+
     for index, options in enumerate(
         [{}, {"micro_batch": 1}, {"micro_batch": 2}, {"micro_batch": 4, "packed": False}]
     ):
         config = make_config("nested_dropout", max_steps=1, clip_norm=1e9, **options)
-        train(tmp_path / str(index), config, make_model(config, torch.float64, fill_B=True))
+        model = make_model(config, torch.float64, fill_B=True)
+        train(tmp_path / str(index), config, model, hooks=Recorder())
+    assert len(seen) == 4
     for grads in seen[1:]:
         assert relative(grads, seen[0]) < 1e-9
 
@@ -210,7 +233,6 @@ def test_another_documents_tokens_leave_a_documents_loss_bit_identical():
 
 def batch_loss_per_document(model, examples):
     """Sum of each document's label losses in one packed row."""
-    from matryoshka_lora.data import pack
     from matryoshka_lora.ops.attention import packed_inputs
 
     batch = pack(examples)
@@ -292,6 +314,109 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert len(rows) == 9
 
 
+def test_unreadable_checkpoints_never_crowd_out_readable_ones(tmp_path):
+    """A training that goes on from an old checkpoint keeps its own, though newer ones are there."""
+    config = make_config(max_steps=9, save_every=2)
+    reference, _, _ = train(tmp_path / "whole", config)
+    folder = tmp_path / "whole" / "checkpoints"
+    good = folder / "step-00000006.pt"
+    (folder / "step-00000008.pt").write_bytes(b"damaged")
+    for step in (20, 30):
+        (folder / f"step-{step:08d}.pt").write_bytes(good.read_bytes()[:50])
+    _, content = newest_checkpoint(folder, set_aside=False)
+    assert content["step"] == 6 and len(list(folder.glob("step-*.pt"))) == 4
+    path, content = newest_checkpoint(folder, set_aside=True)
+    assert path == good and content["step"] == 6
+    assert list(folder.glob("step-*.pt")) == [good]
+    assert len(list(folder.glob("*.unreadable"))) == 3
+    again, _, _ = train(tmp_path / "whole", config)
+    assert torch.equal(factors(again), factors(reference))
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-00000006.pt", "step-00000008.pt"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+    save_checkpoint(tmp_path, 1, {"step": 1})
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)):
+        newest_checkpoint(tmp_path, set_aside=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
+def stepped(parameters):
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    optimizer.step()
+    return TrainingState(parameters, optimizer, Hooks())
+
+
+def test_a_checkpoint_is_restored_by_name(tmp_path):
+    """Also of parameters of shape (R,), and into an optimizer that has them in another order."""
+    saved = stepped(gated(make_model(make_config())))
+    save_checkpoint(tmp_path, 3, saved.content(3, 1.5))
+    fresh = gated(make_model(make_config(seed=7)), seed=3)
+    target = stepped(dict(reversed(fresh.items())))
+    assert target.restore(*newest_checkpoint(tmp_path, set_aside=True)) == (3, 1.5)
+    for name, parameter in saved.parameters.items():
+        assert torch.equal(target.parameters[name], parameter)
+        found, expected = target.optimizer.state[fresh[name]], saved.optimizer.state[parameter]
+        assert found.keys() == expected.keys() == set(OPTIMIZER_STATE)
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+NAME = "model.layers.0.self_attn.q_proj.lora_A"
+
+
+def old_layout(content):
+    content["parameters"] = list(content["parameters"].values())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (old_layout, "of an earlier version.*set force=true"),
+        (lambda c: c.pop("optimizer"), "lacks 'optimizer'"),
+        (lambda c: c.pop("hooks"), "lacks 'hooks'"),
+        (lambda c: c["parameters"].pop(NAME), f"lacks {NAME} in 'parameters'"),
+        (lambda c: c["optimizer"].pop(NAME), f"lacks {NAME} in 'optimizer'"),
+        (lambda c: c["parameters"].update(x=torch.ones(1)), "has x in 'parameters'"),
+        (lambda c: c["optimizer"][NAME].clear(), f"lacks the optimizer's step of {NAME}"),
+        (lambda c: c["parameters"].update({NAME: torch.ones(1, 32)}), rf"{NAME} is \(1, 32\) fl"),
+        (
+            lambda c: c["parameters"].update({NAME: c["parameters"][NAME].bfloat16()}),
+            rf"{NAME} is \(8, 32\) bfloat16, the model needs \(8, 32\) float32",
+        ),
+        (
+            lambda c: c["optimizer"][NAME].update(exp_avg_sq=torch.ones(8, 1)),
+            rf"exp_avg_sq of {NAME} is \(8, 1\) float32",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path, damage, message):
+    config = make_config(max_steps=4, save_every=2)
+    train(tmp_path, config)
+    path = tmp_path / "checkpoints" / "step-00000002.pt"
+    content = torch.load(path)
+    damage(content)
+    torch.save(content, path)
+    model = make_model(config)
+    before = factors(model)
+    with pytest.raises(ValueError, match=f"step-00000002.pt.*{message}"):
+        train(tmp_path, config, model)
+    assert torch.equal(factors(model), before)
+
+
 def test_the_base_is_untouched_and_the_loss_falls(tmp_path):
     config = make_config(max_steps=40, epochs=40, lr=0.03)
     model, rows, summary = train(tmp_path, config, examples=make_examples(8))
@@ -325,40 +450,149 @@ def test_updates_equal_torchs_adamw_and_clipping(tmp_path):
     assert relative(factors(ours), factors(model)) < 1e-4
 
 
-def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path, monkeypatch):
+def test_frozen_dylora_moves_only_the_rows_of_its_rank(tmp_path):
     """Values and moments of the other rows stay, though AdamW would decay and carry them on."""
     config = make_config("dylora", max_steps=12, weight_decay=0.5)
     config.method.frozen = True
     method = build_method(config)
-    update, seen = loop._update, []
+    ranks, seen = (0, *method.ranks), []
 
-    def state_of(optimizer, parameters):
-        empty = {"exp_avg": torch.tensor(0.0), "exp_avg_sq": torch.tensor(0.0)}
-        return [
-            [p.detach().clone()]
-            + [(optimizer.state[p] or empty)[k].expand_as(p).clone() for k in empty]
-            for p in parameters
-        ]
+    class Checked(FrozenRows):
+        def values(self):
+            empty = {"exp_avg": torch.tensor(0.0), "exp_avg_sq": torch.tensor(0.0)}
+            return {
+                name: [p.detach().clone()]
+                + [(self.optimizer.state[p] or empty)[k].expand_as(p).clone() for k in empty]
+                for name, p in self.parameters.items()
+            }
 
-    def checked(optimizer, parameters, live):
-        before = state_of(optimizer, parameters)
-        update(optimizer, parameters, live)
-        seen.append(live)
-        for index, (old, new) in enumerate(
-            zip(before, state_of(optimizer, parameters), strict=True)
-        ):
-            for earlier, later in zip(old, new, strict=True):
-                moved = (earlier != later).any(1 - index % 2)
-                assert not moved[: live[0]].any() and not moved[live[1] :].any()
-                if len(seen) > 1:  # in the first step B is zero, so that A has no gradient
-                    assert moved[live[0] : live[1]].any()
+        def after_backward(self, step, choice):
+            self.before = self.values()
+            super().after_backward(step, choice)
+            self.live = ranks[choice[0]], ranks[choice[0] + 1]
 
-    monkeypatch.setattr(loop, "_update", checked)
-    train(tmp_path, config, make_model(config, fill_B=True))
+        def after_update(self, step, lr):
+            super().after_update(step, lr)
+            seen.append(self.live)
+            for name, values in self.values().items():
+                for earlier, later in zip(self.before[name], values, strict=True):
+                    moved = (earlier != later).any(1 if name.endswith("lora_A") else 0)
+                    assert not moved[: self.live[0]].any() and not moved[self.live[1] :].any()
+                    assert moved[self.live[0] : self.live[1]].any()
+
+    model = make_model(config, fill_B=True)
+    train(tmp_path, config, model, hooks=Checked(method.ranks))
     expected = [method.choose(config.seed, step, 8, None)[0] for step in range(12)]
-    ranks = (0, *method.ranks)
     assert seen == [(ranks[chosen], ranks[chosen + 1]) for chosen in expected]
     assert len(set(seen)) > 1
+
+
+def test_hooks_are_called_in_order_and_resume_with_their_state(tmp_path):
+    """A penalty, and a state that grows with every step, are bitwise those of one training."""
+
+    class Decay(Hooks):
+        def __init__(self, die_after=None):
+            self.die_after, self.calls = die_after, []
+            self.total = torch.zeros(())
+
+        def start(self, parameters, optimizer, steps):
+            self.parameters, self.optimizer, self.steps = parameters, optimizer, steps
+
+        def penalty(self):
+            self.calls.append("penalty")
+            self.grads = [p.grad.clone() for p in self.parameters.values()]
+            return 0.5 * self.total * sum(p.square().sum() for p in self.parameters.values())
+
+        def after_backward(self, step, choice):
+            self.calls.append("after_backward")
+            for grad, p in zip(self.grads, self.parameters.values(), strict=True):
+                torch.testing.assert_close(p.grad, grad + self.total * p.detach())
+            self.norm = torch.cat([p.grad.flatten() for p in self.parameters.values()]).norm()
+            assert len(choice) in (2, 8)  # the last batch of an epoch has two samples
+            self.total += 0.01 * choice.sum()
+
+        def after_update(self, step, lr):
+            self.calls.append("after_update")
+            assert lr == 1e-2 * (1 - step / self.steps)
+            clipped = torch.cat([p.grad.flatten() for p in self.parameters.values()]).norm()
+            torch.testing.assert_close(clipped, self.norm.clamp(max=0.5))
+            if step == self.die_after:
+                raise KeyboardInterrupt
+
+        def state_dict(self):
+            return {"total": self.total}
+
+        def load_state_dict(self, state):
+            self.total = state["total"]
+
+    config = make_config("nested_dropout", max_steps=9, save_every=2, clip_norm=0.5)
+    whole, killed, resumed = Decay(), Decay(die_after=5), Decay()
+    reference, rows, _ = train(tmp_path / "whole", config, hooks=whole)
+    assert whole.calls == ["penalty", "after_backward", "after_update"] * 9 and whole.total > 0
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", config, hooks=killed)
+    again, again_rows, _ = train(tmp_path / "killed", config, hooks=resumed)
+    assert len(resumed.calls) == 3 * (9 - 4)
+    assert torch.equal(factors(again), factors(reference))
+    assert torch.equal(resumed.total, whole.total)
+    assert [row["loss"] for row in again_rows] == [row["loss"] for row in rows]
+
+
+def gated(model, seed=2):
+    """Parameters by name, as those of an adapter whose layers learn a factor of their diagonal."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, parameter in adapter_parameters(model).items():
+        parameters[name] = parameter
+        if name.endswith("lora_A"):
+            gate = name.replace("lora_A", "lora_gate")
+            parameters[gate] = torch.nn.Parameter(torch.ones(8))
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def test_norms_by_rank_know_parameters_by_their_role(monkeypatch):
+    parameters = gated(make_model(make_config()))
+    expected = torch.zeros(8)
+    for name, parameter in parameters.items():
+        by_rank = parameter.grad.T if name.endswith("lora_B") else parameter.grad
+        expected += by_rank.reshape(8, -1).square().sum(1)
+    for limit in (gradients.STACKED_BYTES, 1):
+        monkeypatch.setattr(gradients, "STACKED_BYTES", limit)
+        torch.testing.assert_close(gradients.rank_square_norms(parameters), expected)
+    reordered = dict(reversed(parameters.items()))
+    torch.testing.assert_close(gradients.rank_square_norms(reordered), expected)
+    blocks = gradients.block_norms(expected, [1, 4, 8])
+    ends = (expected[:1], expected[1:4], expected[4:])
+    torch.testing.assert_close(blocks, torch.stack([part.sum().sqrt() for part in ends]))
+
+
+@pytest.mark.parametrize("limit", [4, 100, 4000, 2**28])
+def test_messages_between_processes_are_small_and_carry_everything(limit, monkeypatch):
+    """As if each of two processes had the same gradients."""
+    sizes = []
+
+    class Two:
+        num_processes = 2
+
+        def reduce(self, tensor, reduction):
+            assert reduction == "sum" and tensor.dtype == torch.float32
+            sizes.append(4 * tensor.numel())
+            return 2 * tensor
+
+    monkeypatch.setattr(gradients, "MESSAGE_BYTES", limit)
+    parameters = gated(make_model(make_config()))
+    before = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    absent = next(iter(parameters))
+    parameters[absent].grad, before[absent] = None, torch.zeros_like(before[absent])
+    loss = torch.tensor(3.0)
+    gradients.sum_over_processes(parameters, loss, Two())
+    assert loss.item() == 6
+    assert all(torch.equal(p.grad, 2 * before[name]) for name, p in parameters.items())
+    assert max(sizes) <= limit
+    assert sum(sizes) == 4 * (1 + sum(p.numel() for p in parameters.values()))
+    assert len(sizes) == -(-sum(sizes) // limit)
 
 
 def test_a_non_finite_loss_names_step_and_samples(tmp_path):
@@ -441,13 +675,13 @@ def test_cuts_cover_the_batch_once(processes, micro_batch):
     forwards = [
         forward
         for process in range(processes)
-        for forward in cut(lengths, process, processes, micro_batch, 50)
+        for forward in split_into_forwards(lengths, process, processes, micro_batch, 50)
     ]
     assert sorted(sum(forwards, [])) == list(range(17))
     for forward in forwards:
         assert len(forward) <= (micro_batch or 17)
         assert micro_batch or sum(lengths[i] for i in forward) <= 50
-    for forward in cut(lengths, 0, 1, None, 50, padded=True):
+    for forward in split_into_forwards(lengths, 0, 1, None, 50, padded=True):
         assert len(forward) == 1 or len(forward) * max(lengths[i] for i in forward) <= 50
 
 
@@ -457,7 +691,7 @@ def test_cuts_cover_the_batch_once(processes, micro_batch):
 )
 def test_a_batch_that_cannot_be_made_lists_what_fits(batch, processes, micro, message):
     with pytest.raises(ValueError, match=message):
-        check_cut(batch, processes, micro)
+        check_effective_batch(batch, processes, micro)
 
 
 def test_values_are_those_of_the_time_they_were_asked_for():

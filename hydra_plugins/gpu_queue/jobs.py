@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from types import FrameType
 
 from matryoshka_lora.cli import environment_of_children
+from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def find_slots(gpus: int | Sequence[int | str] | None, gpus_per_job: int = 1) ->
     """The slots of this host.
 
     gpus: null takes all visible GPUs, a number the first so many, a list those ids. Without a GPU a
-    number gives as many CPU slots, which share the cores, and null gives one. Raises ValueError for
+    number gives as many CPU slots, which share the cores, and null gives one. Raises UserError for
     GPUs that are not there, and for a number that `gpus_per_job` does not divide.
     """
     ids = visible_gpus()
@@ -64,23 +65,23 @@ def find_slots(gpus: int | Sequence[int | str] | None, gpus_per_job: int = 1) ->
         wanted = ids or ["cpu"] * gpus_per_job
     elif isinstance(gpus, int) and not isinstance(gpus, bool):
         if gpus < 1 or (ids and gpus > len(ids)):
-            raise ValueError(
+            raise UserError(
                 f"gpus={gpus} must be 1 to {len(ids)}" if ids else "gpus must be positive"
             )
         wanted = ids[:gpus] or ["cpu"] * gpus
     elif isinstance(gpus, Sequence) and not isinstance(gpus, str):
         wanted = [str(gpu) for gpu in gpus]
         if unknown := [gpu for gpu in wanted if gpu not in ids]:
-            raise ValueError(
+            raise UserError(
                 f"gpus={list(gpus)}: {', '.join(unknown)} not visible; "
                 f"visible: {', '.join(ids) or 'none'}"
             )
     else:
-        raise ValueError(f"gpus={gpus!r} must be null, a number or a list of GPU ids")
+        raise UserError(f"gpus={gpus!r} must be null, a number or a list of GPU ids")
     if not wanted or (ids and len(set(wanted)) < len(wanted)):
-        raise ValueError(f"gpus={list(wanted)} must name each GPU once, and at least one")
+        raise UserError(f"gpus={list(wanted)} must name each GPU once, and at least one")
     if gpus_per_job < 1 or len(wanted) % gpus_per_job:
-        raise ValueError(
+        raise UserError(
             f"gpus_per_job={gpus_per_job} does not divide {len(wanted)} GPUs or CPU slots"
         )
     shares = [wanted[i : i + gpus_per_job] for i in range(0, len(wanted), gpus_per_job)]

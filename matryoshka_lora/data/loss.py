@@ -1,4 +1,4 @@
-"""The loss of a batch: the negative log-likelihood of its label tokens."""
+"""The loss of a batch, packed or padded: the negative log-likelihood of its label tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from matryoshka_lora.core.adapter import set_diagonal
-from matryoshka_lora.data import Example, pack
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.data.packing import pack
 from matryoshka_lora.ops.attention import packed_inputs
 from matryoshka_lora.ops.device import to_device
 
@@ -17,7 +18,7 @@ LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed. logits: (N, vocabulary), labels: (N,)."""
+    """Cross-entropy in nats, summed, in float32 or higher. logits (N, vocabulary), labels (N,)."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, labels, reduction="sum")
@@ -32,9 +33,10 @@ def batch_loss(
 ) -> Tensor:
     """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
 
-    diagonals: (R,) for all examples, or (len(examples), R), one each. Logits are computed for label
-    positions only, the softmax in float32 or higher. In packed rows the caller must have
-    `packed_attention` in place.
+    diagonals: (R,) for all examples, or (len(examples), R), one for each. The loss reads the logits
+    of label positions only, and its softmax is in float32 or higher. packed: one row without
+    padding, for which the caller must have `packed_attention` in place; False: one padded row for
+    each example.
     """
     diagonals = diagonals.to(model.device)
     if packed:
@@ -63,19 +65,20 @@ def packed_batch(
     round_to: tuple[int, int] = (1, 1),
     max_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors that `packed_loss` takes, on the CPU; T tokens, N labels, D documents.
+    """The tensors that `packed_loss` takes, on the CPU.
 
-    choice: which diagonal each example has, (len(examples),), or one for all, (1,).
-    round_to: multiples that T and N are filled up to, see `pack`.
-    max_length: what no document may be longer than.
+    choice: the index of the diagonal of each example, (len(examples),), or of all of them, (1,).
+    round_to: the multiples that the numbers of tokens and of labels are rounded up to (`pack`).
+    max_length: an upper bound of the documents' lengths.
 
-    tokens and positions (1, T); bounds (D + 1,) int32, where each document starts and ends;
-    label_rows and labels (N,); choice (T,) or (1,).
+    With T tokens, N labels and D documents: tokens and positions (1, T); bounds (D + 1,) int32, the
+    starts of all documents and the end of the last; label_rows and labels (N,); choice (T,) or
+    (1,).
     """
     batch = pack(examples, *round_to)
     inputs = packed_inputs(batch.lengths, "cpu", max_length)
     if len(choice) > 1:
-        # Padding behind the examples takes any of them.
+        # The document that rounding adds has no labels, so that any diagonal will do.
         padded = np.append(choice, choice[-1:].repeat(len(batch.lengths) - len(choice)))
         choice = padded.repeat(batch.lengths)
     bounds, positions = inputs["cu_seq_lens_q"], inputs["position_ids"]
@@ -102,13 +105,13 @@ def packed_loss(
     max_length: int,
     label_loss: LabelLoss = label_loss,
 ) -> Tensor:
-    """`batch_loss` of a `packed_batch`; waits for nothing, so that it can be captured.
+    """`batch_loss` of a `packed_batch`; never waits for the device, so that a graph can capture it.
 
-    diagonals: (K, R), what `choice` chooses from. max_length: an upper bound of the documents'
-    lengths, which compiled layers take for a constant.
+    diagonals: (K, R), those that `choice` indexes. max_length: an upper bound of the documents'
+    lengths. Compiled layers treat it as a constant, so pass the same one for every batch.
     """
     bounds = batch["bounds"]
-    # (1, 1, R), or (1, T, R) with a diagonal for each token.
+    # Becomes (1, 1, R), or (1, T, R) where each token has a diagonal.
     set_diagonal(model, diagonals.index_select(0, batch["choice"])[None])
     logits = model(
         input_ids=batch["tokens"],

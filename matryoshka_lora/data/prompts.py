@@ -1,20 +1,25 @@
-"""One function a dataset: record -> (prompt text, answer text).
+"""From a record to its text: for each dataset one function, record -> (prompt text, answer text).
 
-To add a dataset, write its function here and add `configs/dataset/<name>.yaml`. With
-`joint` prompt and answer are tokenised together in the style `harness`, as lm-eval does, so that a
-space between them belongs to the answer's first token; otherwise they are tokenised apart.
+To add a dataset, write its function here and add `configs/dataset/<name>.yaml`. In the style
+`harness`, a dataset with `joint=True` has prompt and answer tokenised together, as lm-eval does, so
+that a space between them belongs to the answer's first token. Otherwise they are tokenised apart.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from matryoshka_lora.config import DatasetConfig
 
 PromptFunction = Callable[[Mapping[str, str], str], tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """How a dataset's records become text."""
+
     fields: tuple[str, ...]
-    """What a record must have, as text."""
+    """The fields that a record must have, each a text that is not empty."""
     joint: bool
     """Whether prompt and answer are tokenised together in the style `harness`."""
     function: PromptFunction
@@ -37,10 +42,10 @@ def prompt(
 
 @prompt("gsm8k", "arithmetic", fields=("question", "answer"), joint=True)
 def gsm8k(record: Mapping[str, str], style: str) -> tuple[str, str]:
-    """`harness`: lm-eval's own `gsm8k` prompt, which ends in `Answer:`; the space is the answer's.
+    """`harness`: the prompt of lm-eval's `gsm8k`. It ends in `Answer:`; the answer starts with " ".
 
-    `paper`: the released code ends its prompt in a space, tokenised apart from the answer, so that
-    the model is asked at a boundary it was not trained on.
+    `paper`: the prompt of the paper's released code. It ends in a space, tokenised apart from the
+    answer, so that evaluation asks at another token boundary than the model was trained on.
     """
     if style == "paper":
         return f"Question: {record['question']}\nAnswer: ", record["answer"]
@@ -53,3 +58,13 @@ def platypus(record: Mapping[str, str], style: str) -> tuple[str, str]:
     context = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
     instruction = record["instruction"]
     return f"### Instruction:\n{instruction}\n\n{context}### Response:\n", record["output"]
+
+
+def texts(records: Sequence[Mapping[str, Any]], config: DatasetConfig) -> list[tuple[str, str]]:
+    """(prompt text, answer text) of each record."""
+    return [PROMPTS[config.name].function(record, config.prompt) for record in records]
+
+
+def joint(config: DatasetConfig) -> bool:
+    """Whether prompt and answer are tokenised together, as lm-eval does."""
+    return PROMPTS[config.name].joint and config.prompt == "harness"

@@ -18,6 +18,8 @@ from lm_eval.tasks import TaskManager
 # Private in lm-eval 0.4.13, and the only reader that resolves a task's includes and functions.
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from matryoshka_lora.core.errors import UserError
+
 OWN_TASKS = Path(__file__).parents[1] / "assets" / "tasks"
 
 
@@ -32,7 +34,7 @@ class Definition:
 def definition(name: str) -> Definition:
     """The definition behind a registered name: a task, a group, a tag, or one of the package's own.
 
-    Raises ValueError with the nearest names if there is none.
+    Raises UserError with the nearest names if there is none.
     """
     return _build(name, _index_with(name), {})
 
@@ -89,7 +91,7 @@ def _index_with(name: str) -> Mapping[str, Any]:
             return index
     close = difflib.get_close_matches(name, sorted({*own, *names, *tags}), n=5, cutoff=0.5)
     hint = f"; nearest: {', '.join(close)}" if close else ""
-    raise ValueError(f"evaluation task {name!r} is unknown to lm-eval{hint}")
+    raise UserError(f"evaluation task {name!r} is unknown to lm-eval{hint}")
 
 
 def _complete(name: str, folder: Path) -> bool:

@@ -7,6 +7,7 @@ import datasets
 import lm_eval.utils
 from jinja2 import meta
 
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.files import SUFFIXES, read_rows
 
 
@@ -15,8 +16,8 @@ def read_splits(
 ) -> tuple[dict[str, datasets.Dataset], Path]:
     """The splits that a task needs, by name, and the folder at or below `data_path` they are in.
 
-    config: the task's definition. Raises ValueError for a folder or file that is missing or empty,
-    for what is not JSON (with its line), and for a row that lacks a field the task needs.
+    config: the task's definition. Raises UserError for a folder or file that is missing or empty,
+    for what is not JSON (with its line), and for a document that lacks a field the task needs.
     """
     folder = _data_folder(name, config, data_path)
     splits = {
@@ -66,7 +67,7 @@ def _data_folder(name: str, config: dict[str, Any], data_path: Path) -> Path:
     for folder in folders:
         if folder.is_dir() and any(p.suffix in SUFFIXES for p in folder.iterdir()):
             return folder
-    raise ValueError(
+    raise UserError(
         f"evaluation data folder {data_path} holds nothing for task {name}: no "
         f"{'/'.join(_needed_splits(config, 0))}{{{','.join(SUFFIXES)}}} there or in a subfolder "
         f"{name}"
@@ -74,29 +75,29 @@ def _data_folder(name: str, config: dict[str, Any], data_path: Path) -> Path:
 
 
 def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.Dataset:
-    """The rows of a split file; ValueError names the file and the line that is wrong."""
+    """The documents of a split file; UserError names the file and the line that is wrong."""
     paths = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         found = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {split}{{{','.join(SUFFIXES)}}}; it holds {', '.join(found)}"
         )
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {where}: expected an object, got {str(row)[:60]!r}")
+    documents = read_rows(path)
+    if not documents:
+        raise UserError(f"{path} is empty")
+    for where, document in documents:
+        if not isinstance(document, dict):
+            raise UserError(f"{path}, {where}: expected an object, got {str(document)[:60]!r}")
         if needed is None:
-            missing = [key for key in rows[0][1] if key not in row]
+            missing = [key for key in documents[0][1] if key not in document]
         else:
-            missing = sorted(key for key in needed if row.get(key) is None)
+            missing = sorted(key for key in needed if document.get(key) is None)
         if missing:
-            raise ValueError(
-                f"{path}, {where}: field {missing[0]!r} is missing; it has {', '.join(row)}"
+            raise UserError(
+                f"{path}, {where}: field {missing[0]!r} is missing; it has {', '.join(document)}"
             )
     try:
-        return datasets.Dataset.from_list([row for _, row in rows])
+        return datasets.Dataset.from_list([document for _, document in documents])
     except (ValueError, TypeError) as error:  # pyarrow's errors are these
-        raise ValueError(f"{path}: the rows' fields differ in type: {error}") from error
+        raise UserError(f"{path}: the documents' fields differ in type: {error}") from error

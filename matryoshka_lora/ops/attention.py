@@ -6,9 +6,8 @@ model hands through, under the names of transformers' `FlashAttentionKwargs`: se
 transformers builds no mask for an implementation that is not in its mask registry, whatever the
 position ids say.
 
-bf16 and fp16 on CUDA run on the variable-length flash attention that is part of torch, and on a
-kernel of our own in decoding; everything else, the CPU first of all, on
-scaled_dot_product_attention document by document.
+bf16 and fp16 on CUDA use the variable-length flash attention that is part of torch, and in decoding
+the kernel of `kernels.py`; everything else uses scaled_dot_product_attention, document by document.
 """
 
 import inspect
@@ -26,11 +25,13 @@ from matryoshka_lora.ops.device import to_device
 from matryoshka_lora.ops.kernels import AVAILABLE, decode_attention
 
 PACKED = "packed"
+"""The name of `packed` in transformers' interface."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+"""What flash attention and the kernels take."""
 
 # torch 2.11 cannot share a key head among query heads in the backward; 2.12 can.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-# What some models ask of their attention and this one does not do.
+# Arguments that some models pass to their attention and that are not implemented here.
 _REFUSED = ("softcap", "s_aux", "position_bias", "alibi_slopes", "head_mask", "block_table")
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
@@ -38,7 +39,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 def packed_inputs(
     lengths: Sequence[int], device: torch.device | str, max_length: int | None = None
 ) -> dict[str, Tensor | int]:
-    """What a model needs beside the input ids (1, sum of lengths) to keep the documents apart.
+    """What a model is given beside the input ids (1, sum of lengths) to keep the documents apart.
 
     position_ids (1, T); cu_seq_lens_q and cu_seq_lens_k (documents + 1,) int32: where each document
     starts and ends; max_length_q and max_length_k. `max_length` fixes these two at an upper bound,
@@ -119,10 +120,12 @@ def packed(
     queries may be fewer than its keys: it then continues what the keys begin.
 
     kv_index (T_k,): the documents' keys are `key[:, :, kv_index]`, so that several may share them.
-    kv_lengths (rows,), int32: decoding. There is one query a row; key and value are slots of equal
-    size, (rows, kv_heads, slot, d), of which row i uses the first kv_lengths[i]. No more than
-    max_length_k, which saves the plain functions some work.
+    kv_lengths (rows,), int32: decoding. There is one query a row; key and value are a KV cache,
+    (rows, kv_heads, size, d), of which row i uses the first kv_lengths[i], at most max_length_k.
+    That bound saves the plain functions some work.
     reference: use the plain functions where flash attention or the kernel would be used.
+
+    Raises ValueError for what a model asks of its attention and this one does not do.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -134,7 +137,9 @@ def packed(
         raise ValueError("packed attention has no dropout; set the model's attention_dropout to 0")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
-    assert attention_mask is None and query.shape[0] == 1, "a packed row has no mask and no batch"
+    assert attention_mask is None and query.shape[0] == 1, (
+        "a packed row needs no mask and is a batch of one"
+    )
     fast = query.is_cuda and query.dtype in FLASH_DTYPES and not reference
     if kv_lengths is not None:
         q = query[0].transpose(0, 1)
@@ -167,17 +172,18 @@ def flash(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Flash attention on CUDA, keys aligned with queries at their ends.
+    """Flash attention on CUDA; a document's last query stands at its last key.
 
-    query: (T, heads, d), key and value: (T_k, kv_heads, d) -> (T, heads, d).
+    query: (T, heads, d), key and value: (T_k, kv_heads, d) -> (T, heads, d). cu_seq_lens and
+    max_lengths: of the documents' queries, and of their keys.
     """
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     options: dict[str, Any] = {"scale": scaling, "window_size": window}
     if _VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     elif torch.is_grad_enabled():
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        sharing = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(sharing, dim=1) for x in (key, value))
     else:
         return torch.ops.aten._flash_attention_forward(
             query,
@@ -205,7 +211,11 @@ def document_by_document(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """What `flash` is tested against, on any device and dtype -> (1, heads, T, d)."""
+    """`flash` in plain functions, for any device and dtype -> (1, heads, T, d).
+
+    query: (1, heads, T, d), key and value: (1, kv_heads, T_k, d); bounds: of the documents'
+    queries, of their keys.
+    """
     out = []
     starts = zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True)
     for q_start, q_end, k_start, k_end in starts:
@@ -238,10 +248,10 @@ def decode(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """What `decode_attention` is tested against, on any device and dtype -> (rows, heads, d).
+    """`decode_attention` in plain functions, for any device and dtype -> (rows, heads, d).
 
-    query: (rows, heads, d), key and value: (rows, kv_heads, slot, d). The query heads that share a
-    key head are laid out as its queries, so nothing is expanded.
+    query: (rows, heads, d), key and value: (rows, kv_heads, size, d). The query heads that share a
+    key head become its queries, so that no keys are copied.
     """
     q = query.unflatten(1, (key.shape[1], -1))
     k, v = key[:, :, :max_length], value[:, :, :max_length]

@@ -1,4 +1,4 @@
-"""What passes between host and device without either waiting for the other, and its memory."""
+"""Copies between host and device that wait as little as possible, and the allocator's setting."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """A function that waits for what these tensors hold now, and for nothing asked for since."""
+    """Launches copies to the host; the result waits for them, but not for work launched later."""
     copies = {
         name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
     }
@@ -38,8 +38,8 @@ def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
 def let_segments_grow() -> None:
     """Have torch's allocator extend its segments, unless the user has configured it.
 
-    CUDA graphs of many sizes share one pool. With segments of fixed sizes hardly any fits the next
-    size, and the pool takes half as much again as what a single step needs. To be called before the
+    CUDA graphs of many sizes share one memory pool. A segment of a fixed size rarely fits the next
+    graph, so that the pool takes half as much again as a single step needs. Call it before the
     device is first used.
     """
     if torch.cuda.is_available() and not any(name in os.environ for name in ALLOCATOR):

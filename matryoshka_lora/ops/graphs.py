@@ -1,4 +1,4 @@
-"""CUDA graphs of functions that work on tensors of fixed places and sizes.
+"""CUDA graphs of functions that work on tensors of fixed addresses and sizes.
 
 A forward of a small model is thousands of short kernels, which take longer to launch one by one
 than to run. A graph launches all of them at once.
@@ -13,7 +13,7 @@ Function = Callable[[], Tensor]
 
 
 def cuda_capture(function: Function, pool: object) -> Function:
-    """Record what `function` asks of the device; the result replays it into the same tensor."""
+    """Record what `function` launches; the result replays it and returns the same tensor."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
         result = function()
@@ -26,12 +26,12 @@ def cuda_capture(function: Function, pool: object) -> Function:
 
 
 class Graphs:
-    """Calls functions as graphs that share their memory, one for each key.
+    """Calls functions as CUDA graphs, one for each kind and sizes, which share their memory.
 
-    The first function of a kind runs as it is, which is when layers compile and libraries set
-    themselves up; all others are captured at once, so that no memory but the graphs' is needed for
-    them. All that a function reads and leaves behind must stay where it is between calls, and its
-    result is good until the next call.
+    The first call of a kind runs the function itself, so that layers compile and libraries
+    initialise outside a capture. Every further call is captured, if it is the first of its sizes,
+    and replayed, so no memory is needed but that of the graphs. All that a function reads and
+    writes must stay at its address between calls, and its result is valid until the next call.
     """
 
     def __init__(self, capture: Callable[[Function, object], Function] = cuda_capture) -> None:
@@ -41,7 +41,7 @@ class Graphs:
         self._replays: dict[Hashable, Function] = {}
 
     def __call__(self, kind: Hashable, sizes: Hashable, function: Function) -> Tensor:
-        """kind: of functions that run the same code; sizes: of all that this one works on.
+        """kind: names functions that run the same code; sizes: of the tensors that it works on.
 
         Raises ValueError for what cannot be captured, such as a function that waits for the device.
         """
@@ -55,7 +55,7 @@ class Graphs:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # The device stays in the middle of the capture, so there is no going on without.
+                # The device is left within the capture, so the run cannot go on without graphs.
                 raise ValueError(
                     f"this model cannot be captured as a CUDA graph ({_cause(error)}); set "
                     "trainer.cuda_graphs=false and eval.cuda_graphs=false"
@@ -64,7 +64,7 @@ class Graphs:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what failed first: the end of a failed capture fails, too."""
+    """The first line of the first error, as the end of a failed capture raises another."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0]

@@ -1,12 +1,12 @@
 """Triton kernels of the batched engine, for half precision on CUDA.
 
-`decode_attention`: one new token a row over the row's slot of keys. Flash attention works on tiles
-of 128 queries. In decoding there is one query a row, times the few heads that share a key head, so
-nearly all of a tile is computed for nothing, and the time goes there and not into reading the keys.
-Here a tile has 16 rows. See `attention.decode` for the same in plain functions.
+`decode_attention`: a decode step's attention, one new query a row over the keys that the row has in
+the KV cache. Flash attention works on tiles of 128 queries; here only the few heads that share a
+key head can fill one, so it would spend its time on the empty rest and not on reading the keys. The
+tiles of this kernel have 16 queries. `attention.decode` is the same in plain functions.
 
-`rms_norm`, `rotate` and `gated_silu`: what transformers computes in two to nine passes over memory,
-in one. They round where transformers rounds: an answer that hangs by a rounding stays what it is.
+`rms_norm`, `rotate` and `gated_silu`: one pass over memory for what transformers computes in two to
+nine. They round where transformers rounds, so that greedy answers do not change.
 """
 
 import math
@@ -21,11 +21,13 @@ except ImportError:  # a torch without CUDA brings none
     triton = None
 
 AVAILABLE = triton is not None
-LEAST = 16  # rows and columns of a matrix product in Triton
-# Looked at together. More are no faster, and do not fit the shared memory of every card at a width
-# of 256.
-KEYS = 32
-BLOCK = 2048  # numbers that a program of an elementwise kernel works on
+MIN_SIDE = 16
+"""Sides of a matrix product in Triton have at least this length."""
+BLOCK_KEYS = 32
+"""Keys in a block of `decode_attention`. More are no faster, and at d = 256 do not fit the shared
+memory of every card."""
+BLOCK = 2048
+"""Numbers that one program of an elementwise kernel works on."""
 
 
 def decode_attention(
@@ -36,9 +38,9 @@ def decode_attention(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """One query a row over the first kv_lengths[row] keys of its slot, softmax in float32.
+    """One query a row over the first kv_lengths[row] keys of the row, softmax in float32.
 
-    query: (rows, heads, d), key and value: (rows, kv_heads, slot, d), kv_lengths: (rows,) ->
+    query: (rows, heads, d), key and value: (rows, kv_heads, size, d), kv_lengths: (rows,) ->
     (rows, heads, d).
     """
     rows, heads, width = query.shape
@@ -51,14 +53,14 @@ def decode_attention(
         scaling / math.log(2),
         *(query.stride()[:2] + key.stride()[:3] + value.stride()[:3] + out.stride()[:2]),
         KEY_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        QUERIES=max(triton.next_power_of_2(heads // kv_heads), LEAST),
-        KEYS=KEYS,
+        SHARING=heads // kv_heads,
+        QUERIES=max(triton.next_power_of_2(heads // kv_heads), MIN_SIDE),
+        BLOCK_KEYS=BLOCK_KEYS,
         WINDOW=sliding_window or 0,
         WIDTH=width,
         VALUE_WIDTH=value_width,
-        WIDTH_2=max(triton.next_power_of_2(width), LEAST),
-        VALUE_WIDTH_2=max(triton.next_power_of_2(value_width), LEAST),
+        WIDTH_2=max(triton.next_power_of_2(width), MIN_SIDE),
+        VALUE_WIDTH_2=max(triton.next_power_of_2(value_width), MIN_SIDE),
         num_warps=4,
         num_stages=3,
     )
@@ -74,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         *(x, weight, out, eps),
         WIDTH=width,
         num_warps=1,
-        enable_fp_fusion=False,  # it leaves out the rounding of a product
+        enable_fp_fusion=False,  # a fused multiply-add does not round the product
     )
     return out
 
@@ -82,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of queries or keys, `x * cos + rotate_half(x) * sin`.
 
-    x: (1, heads, T, d), cos and sin: (1, T, d), all of one dtype -> like x.
+    x: (1, heads, T, d), cos and sin: (1, T, d), all of the same dtype -> like x.
     """
     _, heads, tokens, width = x.shape
     out = torch.empty_like(x)
@@ -94,13 +96,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         HALF=width // 2,
         HEADS_2=triton.next_power_of_2(heads),
         HALF_2=triton.next_power_of_2(width // 2),
-        enable_fp_fusion=False,  # it leaves out the rounding of a product
+        enable_fp_fusion=False,  # a fused multiply-add does not round the product
     )
     return out
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, written over `gate`; both contiguous and of one shape and dtype."""
+    """`silu(gate) * up`, written over `gate`; both contiguous and of the same shape and dtype."""
     assert gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
     _gate[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, gate.numel(), BLOCK=BLOCK)
     return gate
@@ -127,20 +129,23 @@ if triton is not None:
         out_row,
         out_head,
         KEY_HEADS: tl.constexpr,
-        GROUP: tl.constexpr,
+        SHARING: tl.constexpr,
         QUERIES: tl.constexpr,
-        KEYS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr,
         WINDOW: tl.constexpr,
         WIDTH: tl.constexpr,
         VALUE_WIDTH: tl.constexpr,
         WIDTH_2: tl.constexpr,
         VALUE_WIDTH_2: tl.constexpr,
     ):
-        """One program a row and key head. scale: for powers of 2; WINDOW: 0 for none."""
+        """One program for each row and key head, which SHARING query heads share.
+
+        scale: for powers of 2; WINDOW: of a sliding window, 0 for none.
+        """
         program = tl.program_id(0).to(tl.int64)
         head, row = program % KEY_HEADS, program // KEY_HEADS
-        heads = head * GROUP + tl.arange(0, QUERIES)
-        real = tl.arange(0, QUERIES)[:, None] < GROUP
+        heads = head * SHARING + tl.arange(0, QUERIES)
+        real = tl.arange(0, QUERIES)[:, None] < SHARING
         columns, value_columns = tl.arange(0, WIDTH_2), tl.arange(0, VALUE_WIDTH_2)
         inside, value_inside = columns[None, :] < WIDTH, value_columns[None, :] < VALUE_WIDTH
         q = tl.load(
@@ -155,8 +160,8 @@ if triton is not None:
         most = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         mean = tl.zeros((QUERIES, VALUE_WIDTH_2), tl.float32)
-        for start in range(first, length, KEYS):
-            at = start + tl.arange(0, KEYS)
+        for start in range(first, length, BLOCK_KEYS):
+            at = start + tl.arange(0, BLOCK_KEYS)
             seen = at < length
             k = tl.load(
                 key + at[:, None] * key_token + columns[None, :],
@@ -183,14 +188,15 @@ if triton is not None:
 
     @triton.jit
     def _norm(x, weight, out, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One program of one warp a row."""
+        """One program, of one warp, for each vector."""
         kind = x.dtype.element_ty
         column = tl.arange(0, 128)
         x += tl.program_id(0).to(tl.int64) * WIDTH
         out += tl.program_id(0).to(tl.int64) * WIDTH
-        # A sum in another order is another number now and then, so this is the order of torch's
-        # mean, for 16 rows or more of 128 to 8,160 numbers, a multiple of 4: a thread adds up every
-        # 32nd group of four place by place, then its four sums, and last the warp its threads'.
+        # Sums in different orders may differ by a rounding, so this adds in the order of torch's
+        # mean of 16 or more vectors of 128 to 8,160 numbers, a multiple of 4: a thread adds up
+        # every 32nd quadruple element by element, then its four sums, and last the warp adds up
+        # those of its threads.
         sums = tl.zeros((128,), tl.float32)
         for start in tl.static_range(0, WIDTH, 128):
             part = tl.load(x + start + column, start + column < WIDTH, 0.0).to(tl.float32)
@@ -224,7 +230,7 @@ if triton is not None:
         HEADS_2: tl.constexpr,
         HALF_2: tl.constexpr,
     ):
-        """One program a token, all its heads."""
+        """One program for all heads of a token."""
         kind = x.dtype.element_ty
         token = tl.program_id(0).to(tl.int64)
         head, column = tl.arange(0, HEADS_2)[:, None], tl.arange(0, HALF_2)[None, :]
@@ -237,7 +243,7 @@ if triton is not None:
         a, b = tl.load(x, real, 0.0).to(tl.float32), tl.load(x + HALF, real, 0.0).to(tl.float32)
         c, d = tl.load(cos, inside, 0.0), tl.load(cos + HALF, inside, 0.0)
         s, t = tl.load(sin, inside, 0.0), tl.load(sin + HALF, inside, 0.0)
-        # As transformers does it: each product is rounded, then their sum.
+        # As in transformers, each product is rounded, then their sum.
         first = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
         second = (b * d).to(kind).to(tl.float32) + (a * t).to(kind).to(tl.float32)
         tl.store(out, first.to(kind), real)
@@ -245,7 +251,7 @@ if triton is not None:
 
     @triton.jit
     def _gate(gate, up, numbers, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One program a block."""
+        """One program for each block of numbers."""
         kind = gate.dtype.element_ty
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < numbers

@@ -1,4 +1,4 @@
-"""Area under the rank-accuracy curve (AURAC), and bootstrap intervals."""
+"""Area under the rank-accuracy curve (AURAC)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -51,33 +51,3 @@ def aurac(ranks: Sequence[int], scores: Sequence[float], axis: Axis = "log2") ->
     if not np.all(np.isfinite(values)):
         raise ValueError(f"AURAC needs finite scores, got {scores!r}")
     return float(weights @ values)
-
-
-def bootstrap_intervals(
-    values: npt.ArrayLike, *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> npt.NDArray[np.float64]:
-    """Percentile bootstrap intervals (low, high) over documents: (cells, documents) -> (cells, 2).
-
-    Each interval is that of a row's mean. A resample draws the same documents for all rows, so a
-    row may be differences of paired scores, or, as AURAC is linear, `trapezoid_weights(ranks) @
-    scores` for scores (ranks, documents).
-    Raises ValueError for another shape, values that are not finite, and impossible options.
-    """
-    rows = np.asarray(values, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"a bootstrap needs values of shape (cells, documents), got {rows.shape}")
-    if not np.all(np.isfinite(rows)):
-        raise ValueError("a bootstrap needs finite values: leave out what has none")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
-    if samples < 1:
-        raise ValueError(f"a bootstrap needs at least one sample, got {samples!r}")
-    rng = np.random.default_rng(seed)
-    documents = rows.shape[1]
-    # One resample at a time: (samples, documents) indices of HellaSwag would take 80 MB.
-    means = [
-        rows @ np.bincount(rng.integers(0, documents, documents), minlength=documents) / documents
-        for _ in range(samples)
-    ]
-    tail = (1 - confidence) / 2
-    return np.quantile(means, [tail, 1 - tail], axis=0).T

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from matryoshka_lora.reporting.aurac import AXES, Axis, bootstrap_intervals, trapezoid_weights
+from matryoshka_lora.evaluation.rows import decode_scores
+from matryoshka_lora.reporting.aurac import AXES, Axis, trapezoid_weights
+from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
 from matryoshka_lora.reporting.curves import Curve, RankTable
-from matryoshka_lora.runs.record import Row, decode_scores
+from matryoshka_lora.reporting.frame import grouped
+from matryoshka_lora.reporting.names import is_baseline
 
 Scores = npt.NDArray[np.float64]
 Column = int | Axis
 
-REFERENCE = ("lora", "svd")
-"""Method and rule: it needs no method of its own, so it is what a method has to beat."""
+REFERENCE_RULE = "svd"
+"""Read from a plain LoRA it needs no method of its own, so it is what a method has to beat."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def references(table: RankTable) -> list[Curve]:
     return [
         row
         for row in table.rows
-        if row.kind == "curve" and (row.method_name, row.rule) == REFERENCE
+        if row.kind == "curve" and is_baseline(row.method_name) and row.rule == REFERENCE_RULE
     ]
 
 
@@ -76,10 +79,11 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
 def _columns(curve: Curve, table: RankTable) -> dict[Column, Scores]:
     """By rank and axis, the shown scores (seeds, documents), where all seeds have them."""
     found: dict[Column, Scores] = {}
-    for rank, rows in curve.scored.items():
-        scores = [scores for row in rows if (scores := _scores(row)) is not None]
-        if len(scores) == curve.seeds > 0:
-            found[rank] = np.array([[table.metric.shown(x) for x in seed] for seed in scores])
+    for rank, points in grouped(curve.points, "rank") if curve.seeds else ():
+        scores = [_scores(*pair) for pair in zip(points["scores"], points["value"], strict=True)]
+        kept = [seed for seed in scores if seed is not None]
+        if len(kept) == curve.seeds:
+            found[rank] = np.array(kept) * table.metric.scale
     if curve.kind == "curve" and tuple(found) == table.curve_ranks:
         of_ranks = np.stack(list(found.values()))
         for axis in AXES:
@@ -87,10 +91,10 @@ def _columns(curve: Curve, table: RankTable) -> dict[Column, Scores]:
     return found
 
 
-def _scores(row: Row) -> list[float] | None:
+def _scores(encoded: str | list[float] | None, value: float) -> list[float] | None:
     """The documents' scores if the value is their mean; a perplexity, say, is not."""
-    if row.scores is None or row.value is None:
+    if encoded is None:
         return None
-    scores = decode_scores(row.scores)
+    scores = decode_scores(encoded)
     mean = sum(scores) / len(scores)
-    return scores if math.isclose(mean, row.value, rel_tol=1e-4, abs_tol=1e-6) else None
+    return scores if math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-6) else None

@@ -13,17 +13,13 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.curves import Curve, RankTable
+from matryoshka_lora.reporting.names import method_style, rule_place
 
-# Okabe and Ito's palette, told apart by all common kinds of colour vision; the marker repeats it.
-_METHOD_STYLE = {
-    "lora": ("#0072B2", "o"),
-    "dylora": ("#E69F00", "s"),
-    "nested_dropout": ("#009E73", "^"),
-    "matryoshka": ("#CC3311", "D"),
-}
-_OTHER_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
-_RULE_STYLE: dict[str | None, Any] = {"prefix": "-", "trained": (0, (5, 2)), "svd": (0, (1, 1.5))}
-_OTHER_RULE = (0, (5, 1.5, 1, 1.5))
+# For methods without a style of their own, and for further variants of a method in one table; of
+# Okabe and Ito's palette, told apart by all common kinds of colour vision.
+_SPARE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
+# By the order of the rules.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 _PANEL_COLUMNS = 2  # more would be too small to read on a page
 _PANEL_INCHES = (5.8, 3.7)
@@ -171,7 +167,7 @@ def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> Non
         marker=marker,
         markersize=4,
         linewidth=1.6,
-        linestyle=_RULE_STYLE.get(rules[0], _OTHER_RULE),
+        linestyle=_DASHES[min(rule_place(rules[0]), len(_DASHES) - 1)],
         alpha=_opacity(table, curve),
         label=label,
     )
@@ -239,7 +235,8 @@ def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
         for row in table.rows
         if row.method_name == curve.method_name and row.kind == "curve"
     ]
-    if curve.method == labels[0] and curve.method_name in _METHOD_STYLE:
-        return _METHOD_STYLE[curve.method_name]
-    spare = [row.method for row in table.rows if row.kind == "curve"]
-    return _OTHER_STYLES[list(dict.fromkeys(spare)).index(curve.method) % len(_OTHER_STYLES)]
+    own = method_style(curve.method_name)
+    if own is not None and curve.method == labels[0]:
+        return own
+    methods = dict.fromkeys(row.method for row in table.rows if row.kind == "curve")
+    return _SPARE_STYLES[list(methods).index(curve.method) % len(_SPARE_STYLES)]

@@ -1,7 +1,5 @@
 """Rank tables as CSV, Markdown, LaTeX, pandas and plain text."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,7 @@ def table_frame(table: RankTable) -> pd.DataFrame:
 
     Accuracies in percent, losses raw; what was not measured is NaN.
     """
-    frame = pd.DataFrame([_line(table, row) for row in table.rows])
-    measured = [name for name in frame if str(name).endswith((" mean", " sd"))]
-    return frame.astype(dict.fromkeys(["lr", *measured], float))
+    return _frame([table])
 
 
 def write_tables(tables: Sequence[RankTable], stem: str | Path, title: str) -> list[Path]:
@@ -103,24 +99,22 @@ def _line(table: RankTable, row: Curve) -> dict[str, Any]:
     return line
 
 
-def _csv(tables: Sequence[RankTable]) -> str:
-    lines = [_line(table, row) for table in tables for row in table.rows]
+def _frame(tables: Sequence[RankTable]) -> pd.DataFrame:
+    """One line for each row of any table, with a column for each rank of any of them."""
+    frame = pd.DataFrame([_line(table, row) for table in tables for row in table.rows])
     ranks = sorted({rank for table in tables for rank in table.ranks})
-    fixed = [name for name in lines[0] if not name.endswith((" mean", " sd"))]
-    measured = [*map(str, ranks), *(f"AURAC {axis}" for axis in AXES)]
-    header = fixed + [f"{name} {part}" for name in measured for part in ("mean", "sd")]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow(
-            {
-                name: f"{value:.4f}" if isinstance(value, float) and name != "lr" else value
-                for name, value in line.items()
-            }
-            | {"lr": "" if line["lr"] is None else f"{line['lr']:g}"}
-        )
-    return out.getvalue()
+    names = [*map(str, ranks), *(f"AURAC {axis}" for axis in AXES)]
+    measured = [f"{name} {part}" for name in names for part in ("mean", "sd")]
+    settings = [name for name in frame if name not in measured]
+    return frame[[*settings, *measured]].astype(
+        {"limit": "Int64"} | dict.fromkeys(["lr", *measured], float)
+    )
+
+
+def _csv(tables: Sequence[RankTable]) -> str:
+    frame = _frame(tables)
+    frame["lr"] = frame["lr"].map("{:g}".format, na_action="ignore")
+    return frame.to_csv(index=False, float_format="%.4f", lineterminator="\n")
 
 
 def _body(table: RankTable, markup: _Markup) -> list[list[str]]:

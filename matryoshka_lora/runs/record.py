@@ -5,80 +5,22 @@ NaN and infinity are refused. A record that does not follow the schema is named 
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import math
-import os
-import platform
-import subprocess
-import types
 import typing
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypedDict
+from typing import Any, Literal, NoReturn
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
+
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
+from matryoshka_lora.runs.folder import RECORD
 
 SCHEMA = 1
 RULES = ("base", "prefix", "trained", "svd")
 Status = Literal["training", "evaluating", "finished", "failed"]
-RowKey = tuple[str, int, int | None, str | None, int, str, str]
-
-_PACKAGES = (
-    "matryoshka-lora",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "datasets",
-    "lm_eval",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "pandas",
-    "matplotlib",
-    "wandb",
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number: a metric of a task at one rank under one inference rule.
-
-    task, shots: the harness's task name and the number of few-shot examples.
-    limit: only the first `limit` documents were evaluated; None is all.
-    filter: the harness's answer filter ("strict-match", ...); None where there is none.
-    rank: 0 is the base model (rule "base"); 1..R a sub-rank.
-    rule: "base", "prefix", "trained" or "svd".
-    metric: "exact_match", "acc", "acc_norm", "loss", ...
-    value, stderr: accuracies as fractions 0-1, loss in nats a token; None is not measured.
-    n: documents behind the value.
-    same_as: "rule@rank" of the point that is the same function, whose value is repeated here.
-    trained_rank: False where the rank lies outside the trained sub-ranks S; None where S has no
-        meaning (base model, svd).
-    scores: the per-document values in doc_id order, see `encode_scores`; None if not kept.
-    """
-
-    task: str
-    shots: int
-    limit: int | None
-    filter: str | None
-    rank: int
-    rule: str
-    metric: str
-    value: float | None
-    stderr: float | None
-    n: int
-    same_as: str | None = None
-    trained_rank: bool | None = None
-    scores: str | list[float] | None = None
-
-    @property
-    def key(self) -> RowKey:
-        """What makes two rows the same measurement."""
-        return (self.task, self.shots, self.limit, self.filter, self.rank, self.rule, self.metric)
 
 
 @dataclass
@@ -110,42 +52,6 @@ class Record:
     rows: list[Row] = field(default_factory=list)
 
 
-def encode_scores(scores: Iterable[float]) -> str | list[float]:
-    """Per-document values in compact form.
-
-    Values that are all 0 or 1 become a string of "0" and "1"; others a list rounded to six
-    significant digits. Raises ValueError for NaN or infinity.
-    """
-    values = [float(s) for s in scores]
-    for index, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ValueError(f"the score of document {index} is {value}, not a number")
-    if all(value in (0.0, 1.0) for value in values):
-        return "".join("1" if value else "0" for value in values)
-    return [float(f"{value:.6g}") for value in values]
-
-
-def decode_scores(encoded: str | Sequence[float]) -> list[float]:
-    """The values behind `encode_scores`; raises ValueError for other characters or infinity."""
-    if isinstance(encoded, str):
-        if set(encoded) - {"0", "1"}:
-            raise ValueError(f"scores must be a string of 0 and 1, got {encoded[:40]!r}")
-        return [float(digit) for digit in encoded]
-    if not all(map(math.isfinite, encoded)):
-        raise ValueError("scores must be finite numbers")
-    return [float(value) for value in encoded]
-
-
-def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """All rows of both; where two have the same key the later one stands.
-
-    The order follows from the rows alone (task, shots, limit, metric, filter, rule, rank), so it
-    does not depend on the order in which points were evaluated.
-    """
-    merged = {row.key: row for row in (*old, *new)}
-    return sorted(merged.values(), key=_row_order)
-
-
 def write_record(path: str | Path, record: Record) -> None:
     """Check the record, then replace `path` by it in one step.
 
@@ -166,7 +72,7 @@ def write_record(path: str | Path, record: Record) -> None:
 def read_record(path: str | Path) -> Record:
     """Read a record strictly.
 
-    Raises ValueError that names the file and the field for anything that is not a record of this
+    Raises UserError that names the file and the field for anything that is not a record of this
     schema: not JSON, an unknown or missing key, a wrong type, NaN, repeated rows. The file is
     never changed.
     """
@@ -175,109 +81,19 @@ def read_record(path: str | Path) -> Record:
         document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         return _parse_record(document)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(
+        raise UserError(
             f"{path} is not a valid run record: {error}. The file is left alone; "
             "restore it, or move it away to run again"
         ) from error
 
 
-def find_records(folder: str | Path, pattern: str = "record.json") -> list[Path]:
+def find_records(folder: str | Path, pattern: str = RECORD) -> list[Path]:
     """Paths below `folder` whose file name matches, sorted; none if the folder does not exist."""
     return sorted(path for path in Path(folder).rglob(pattern) if path.is_file())
 
 
-class Environment(TypedDict):
-    """The part of a record that describes where it was made."""
-
-    git: dict[str, Any] | None
-    versions: dict[str, Any]
-    device: dict[str, Any]
-
-
-def environment() -> Environment:
-    """Facts about code, packages and hardware, as the fields of the same names in `Record`."""
-    return {"git": _git(), "versions": _versions(), "device": _device()}
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of this package's checkout and whether tracked files outside results/ differ from it.
-
-    A copy without `.git` may name its commit in MATRYOSHKA_GIT_SHA=<sha>[-dirty]. None where
-    neither is known, also when the package is installed below somebody else's checkout.
-    """
-    given = os.environ.get("MATRYOSHKA_GIT_SHA")
-    if given:
-        return {"sha": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):  # no git here, or no answer from it
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "--", Path(__file__).name) is None:
-        return None
-    sha = git("rev-parse", "HEAD")
-    changes = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
-    )
-    if sha is None or changes is None:
-        return None
-    return {"sha": sha, "dirty": bool(changes)}
-
-
-def _versions() -> dict[str, Any]:
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _device() -> dict[str, Any]:
-    import torch  # here, because reading records and making tables needs no torch
-
-    facts: dict[str, Any] = {
-        "kind": "cpu",
-        "name": _cpu_name(),
-        "count": 1,
-        "cpu_cores": os.cpu_count(),
-        "cpu_threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "kind": "cuda",
-            "name": properties.name,
-            "count": torch.cuda.device_count(),
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-        }
-    return facts
-
-
-def _cpu_name() -> str:
-    try:  # platform.processor() is empty on most Linux systems
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
 def _fields(instance: Row | Record) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-
-
-def _row_order(row: Row) -> tuple[Any, ...]:
-    rule = RULES.index(row.rule) if row.rule in RULES else len(RULES)
-    limit = -1 if row.limit is None else row.limit
-    return (row.task, row.shots, limit, row.metric, row.filter or "", rule, row.rule, row.rank)
 
 
 def _layout(document: dict[str, Any]) -> str:
@@ -310,78 +126,68 @@ def _parse_record(document: Any) -> Record:
         raise ValueError(
             f"field 'schema': this version reads {SCHEMA}, got {_shown(document['schema'])}"
         )
-    rest = {name: value for name, value in document.items() if name != "schema"}
-    _check_fields(Record, rest, prefix="")
-    rows = []
-    for index, entry in enumerate(rest["rows"]):
-        where = f"rows[{index}]"
-        if not isinstance(entry, dict):
-            raise ValueError(f"field '{where}': expected an object, got {_shown(entry)}")
-        _check_fields(Row, entry, prefix=f"{where}.")
-        row = Row(**entry)
-        _check_row(row, where)
-        rows.append(row)
+    entries = {name: value for name, value in document.items() if name != "schema"}
+    try:
+        _RecordSchema.model_validate(entries)
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from None
+    # From what was read, not from pydantic's copy, which turns a 1 into a 1.0.
+    rows = [Row(**entry) for entry in entries["rows"]]
     seen: dict[RowKey, int] = {}
     for index, row in enumerate(rows):
+        _check_row(row, f"rows[{index}]")
         if row.key in seen:
             raise ValueError(f"field 'rows[{index}]' repeats rows[{seen[row.key]}]: {row.key}")
         seen[row.key] = index
-    return Record(**{**rest, "rows": rows})
+    return Record(**{**entries, "rows": rows})
 
 
 def _check_row(row: Row, where: str) -> None:
-    for name in ("shots", "rank", "n"):
-        if getattr(row, name) < 0:
-            raise ValueError(f"field '{where}.{name}' is negative: {getattr(row, name)}")
+    """What the types of a row do not say."""
     if (row.rank == 0) != (row.rule == "base"):
         raise ValueError(
             f"field '{where}.rule': rank 0 and only rank 0 has rule 'base', got rank "
             f"{row.rank} with rule {row.rule!r}"
         )
-    for name in ("value", "stderr"):
-        value = getattr(row, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"field '{where}.{name}' is {value}; a missing number is null")
     if row.scores is None:
         return
     try:
         length = len(decode_scores(row.scores))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"field '{where}.scores': {error}") from error
     if length != row.n:
         raise ValueError(f"field '{where}.scores' holds {length} documents, but n is {row.n}")
 
 
-def _check_fields(schema: type, values: dict[str, Any], prefix: str) -> None:
-    hints = typing.get_type_hints(schema)
-    for name in values:
-        if name not in hints:
-            raise ValueError(f"unknown field '{prefix}{name}'; known are {', '.join(hints)}")
-    for name, hint in hints.items():
-        if name not in values:
-            raise ValueError(f"field '{prefix}{name}' is missing")
-        if not _matches(values[name], hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            expected = expected.replace("typing.", "").replace("None", "null")
-            raise ValueError(
-                f"field '{prefix}{name}': expected {expected}, got {_shown(values[name])}"
-            )
+def _schema_of(fields: type, **stricter: Any) -> type[BaseModel]:
+    """A pydantic model with the fields of a dataclass, all required, and no others.
+
+    Strict: "1" and True are no integers; NaN and infinity are no numbers. `stricter` replaces the
+    types of fields.
+    """
+    types = {**typing.get_type_hints(fields), **stricter}
+    required: Any = {name: (kind, ...) for name, kind in types.items()}
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return create_model(fields.__name__, __config__=config, **required)
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a decoded JSON value fits a field's type hint; rows are checked by the caller."""
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is list and typing.get_args(hint) == (float,):
-        return isinstance(value, list) and all(_matches(item, float) for item in value)
-    return isinstance(value, kind)
+_RowSchema = _schema_of(Row, shots=NonNegativeInt, rank=NonNegativeInt, n=NonNegativeInt)
+_RecordSchema = _schema_of(Record, rows=list[_RowSchema])  # type: ignore[valid-type]
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line: the first field that is wrong and why."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # ("rows", 3, "scores", ...): what follows a row's field is pydantic's own name of a type.
+    name = ""
+    for part in first["loc"][: 3 if first["loc"][0] == "rows" else 1]:
+        name += f"[{part}]" if isinstance(part, int) else f"{'.' * bool(name)}{part}"
+    if first["type"] == "missing":
+        return f"field '{name}' is missing"
+    if first["type"] == "extra_forbidden":
+        schema = _RowSchema if first["loc"][0] == "rows" else _RecordSchema
+        return f"unknown field '{name}'; known are {', '.join(schema.model_fields)}"
+    return f"field '{name}': {first['msg']}, got {_shown(first['input'])}"
 
 
 def _shown(value: Any) -> str:

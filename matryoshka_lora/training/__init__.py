@@ -1,6 +1,6 @@
-"""The batch plan, the loss, the loop, checkpoints and resume."""
+"""Training: `loop.fit` trains the adapters of a model.
 
-from matryoshka_lora.data.loss import batch_loss
-from matryoshka_lora.training.loop import fit
-
-__all__ = ["batch_loss", "fit"]
+`plan` says which samples a step takes and how they are split into forwards; `forwards` runs them
+forward and backward; `gradients` sums, measures and clips gradients; `step_log` writes
+`train.jsonl`; `checkpoints` saves and resumes.
+"""

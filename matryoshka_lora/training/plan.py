@@ -1,32 +1,37 @@
-"""The batch plan: pure functions of (seed, step), so resuming needs only a step number."""
+"""The plan of a training: which samples a step takes, and how they are split into forwards.
+
+Pure functions of seed and step, so that resuming needs only the number of the step.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Tells the random stream of the batch order from that of the drawn ranks.
+from matryoshka_lora.core.errors import UserError
+
+# Keeps the random numbers of the batch order apart from those of the drawn ranks.
 ORDER_STREAM = 0
 
 
 def steps_per_epoch(samples: int, effective_batch: int) -> int:
-    """Steps an epoch takes; its last batch may be smaller and is used."""
+    """Optimizer steps of an epoch. Its last batch may be smaller; it is used."""
     return -(-samples // effective_batch)
 
 
 def total_steps(samples: int, effective_batch: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a training."""
+    """Optimizer steps of a training, at least one."""
     steps = max(1, round(epochs * steps_per_epoch(samples, effective_batch)))
     return steps if max_steps is None else min(steps, max_steps)
 
 
 def batch_ids(seed: int, step: int, samples: int, effective_batch: int) -> np.ndarray:
-    """The sample ids of the effective batch of a step (counted from 0)."""
+    """The samples of a step's effective batch; step and samples are counted from 0."""
     epoch, index = divmod(step, steps_per_epoch(samples, effective_batch))
     order = np.random.default_rng([seed, epoch, ORDER_STREAM]).permutation(samples)
     return order[index * effective_batch : (index + 1) * effective_batch]
 
 
-def cut(
+def split_into_forwards(
     lengths: Sequence[int],
     process: int,
     processes: int,
@@ -34,10 +39,11 @@ def cut(
     max_tokens: int,
     padded: bool = False,
 ) -> list[list[int]]:
-    """The forwards of one process: lists of positions in the effective batch.
+    """The forwards of one process: for each, its samples' positions in the effective batch.
 
-    lengths: tokens of each sample of the effective batch. Without `micro_batch` a forward takes
-    samples in order up to `max_tokens` tokens, at least one; padded ones count as their longest.
+    lengths: tokens of each sample of the effective batch. With `micro_batch`, a forward takes that
+    many samples. Without it, a forward takes samples in order while they fit into `max_tokens`
+    tokens, at least one; padded: each counts as many tokens as the longest of them.
     """
     mine = np.array_split(np.arange(len(lengths)), processes)[process].tolist()
     forwards: list[list[int]] = []
@@ -53,15 +59,18 @@ def cut(
     return forwards
 
 
-def check_cut(effective_batch: int, processes: int, micro_batch: int | None) -> None:
-    """Raises ValueError, listing what would fit, unless the effective batch splits evenly."""
+def check_effective_batch(effective_batch: int, processes: int, micro_batch: int | None) -> None:
+    """Raises ValueError unless the effective batch splits evenly into processes and micro-batches.
+
+    The message lists the numbers that would fit.
+    """
     unit = processes * (micro_batch or 1)
     if effective_batch % unit == 0:
         return
     given = f"trainer.effective_batch={effective_batch} cannot be made of {processes} process(es)"
     if effective_batch % processes:
         fits = [n for n in range(1, effective_batch + 1) if effective_batch % n == 0]
-        raise ValueError(f"{given}; process counts that fit: {fits}")
+        raise UserError(f"{given}; process counts that fit: {fits}")
     share = effective_batch // processes
     fits = [n for n in range(1, share + 1) if share % n == 0]
-    raise ValueError(f"{given} x trainer.micro_batch={micro_batch}; micro-batches that fit: {fits}")
+    raise UserError(f"{given} x trainer.micro_batch={micro_batch}; micro-batches that fit: {fits}")

@@ -1,7 +1,8 @@
 """The reference engine: lm-eval's own HF backend around the model in memory, point by point.
 
 Slow and simple; every other engine must agree with it, and it with the harness's command line. In
-half precision all that holds for one kernel of attention: see `pipeline.make_accelerator`.
+half precision they agree only where all use the same attention kernel: see
+`pipeline.make_accelerator`.
 """
 
 import copy
@@ -33,11 +34,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def harness_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1
 ) -> HFLM:
-    """The harness's view of `model`: it tokenises, cuts and answers as `lm_eval --model hf` does.
+    """The harness's view of `model`: tokenises, truncates and answers as `lm_eval --model hf` does.
 
-    HFLM gives the tokenizer a pad token and switches the model to evaluation for good: it gets a
-    copy of the one, and the other's mode is restored. Log-probabilities are taken in float32 at
-    least, because in bfloat16 choices tie.
+    HFLM gives the tokenizer a pad token and switches the model to evaluation for good, so it gets a
+    copy of the tokenizer, and the model's mode is restored. Log-probabilities are computed in
+    float32 at least, because in bfloat16 different choices get the same one.
     """
     with evaluation_mode(model), _without_warnings("lm_eval.models.huggingface"):
         return HFLM(
@@ -50,18 +51,21 @@ def harness_lm(
 
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
-    """HFLM warns twice of what is done here on purpose: handing it a model that is loaded."""
-    chatty = logging.getLogger(name)
-    level = chatty.level
-    chatty.setLevel(logging.ERROR)
+    """Silences the logger `name`: HFLM warns twice that it was given a loaded model."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        chatty.setLevel(level)
+        noisy.setLevel(level)
 
 
 class HFEngine:
-    """All requests of one kind at one point are one call, so batches are those of the harness."""
+    """All requests of one kind at one point are one call, so batches are those of the harness.
+
+    Raises ValueError for a batch size below 1.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8

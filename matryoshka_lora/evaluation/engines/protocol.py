@@ -12,21 +12,21 @@ from matryoshka_lora.core.rules import FactorSet
 
 @dataclass(frozen=True)
 class Point:
-    """One reading of the adapter: a rank and a rule, resolved to factors and diagonal."""
+    """One reading of the adapter: a rank and a rule, and the factors and diagonal they mean."""
 
     rank: int
     """0 is the base model."""
     rule: str
-    """base, prefix, trained or svd."""
+    """base, or an inference rule such as prefix."""
     factors: FactorSet
-    """The factor set, trained or svd; the sweep has it in place before it calls the engine."""
+    """The factor set, trained or svd; the sweep puts it in place before it calls the engine."""
     p: Tensor = field(compare=False, repr=False)
     """The diagonal, shape (R,), float32, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One question to the model, tokenised and cut exactly as lm-eval's HF backend would do it."""
+    """One question to the model, tokenised and truncated as lm-eval's HF backend does it."""
 
     kind: Literal["generate", "loglikelihood"]
     doc_id: int
@@ -53,8 +53,10 @@ class Output:
     """Whether every target token is the most likely one."""
 
 
+Answers = list[tuple[int, Output]]
+"""(index of a job, its output)"""
 Outputs = Generator[tuple[int, Output], None, None]
-"""(index of a job, its output), until it ends or is closed."""
+"""The same one by one, until it ends or is closed."""
 
 
 class Engine(Protocol):

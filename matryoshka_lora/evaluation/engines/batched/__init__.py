@@ -1,1 +1,1 @@
-"""The engine that answers all points of a sweep together."""
+"""The engine that answers all points of a sweep together; start at `engine.py`."""

@@ -7,26 +7,30 @@ from transformers import PreTrainedTokenizerBase
 class StopStrings:
     """Where lm-eval's HF backend ends an answer for a stop string, and what it keeps of it.
 
-    It ends an answer with the first token after which a stop string shows in the text of the last
-    few tokens (as many as the string has, and two), and cuts the text of the whole answer, special
-    tokens skipped, at each stop string in turn. Texts are made only where the tokens hold every
+    It ends an answer with the first token after which a stop string is in the text of the last few
+    tokens (two more than the string has), and cuts the text of the whole answer, special tokens
+    skipped, at each stop string in turn. Here tokens are decoded to text only where they hold every
     character of some stop string.
+
+    Stop strings are registered as sets, those of one request, and known by the set's index.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._rules: dict[tuple[str, ...], int] = {}
+        self._sets: dict[tuple[str, ...], int] = {}
+        # Per set: each stop string, and in how many tokens the harness looks for it.
         self._lookback: list[dict[str, int]] = []
-        self._bits: dict[str, np.uint64] = {}
+        # Characters have a bit each. Per set, the bits of each stop string:
         self._needed: list[list[np.uint64]] = []
-        # Per token id, which of the known characters its text has; the last entry for unknown ids.
-        self._table = np.zeros(len(tokenizer) + 1, dtype=np.uint64)
+        self._bits: dict[str, np.uint64] = {}
+        # Per token id, the bits of the characters in its text; the last entry is for unknown ids.
+        self._token_bits = np.zeros(len(tokenizer) + 1, dtype=np.uint64)
         self._texts: list[str] = []
 
-    def rule(self, until: tuple[str, ...]) -> int:
-        """The number of these stop strings."""
-        if until not in self._rules:
-            self._rules[until] = len(self._rules)
+    def index(self, until: tuple[str, ...]) -> int:
+        """The index of this set of stop strings, which is registered if it is new."""
+        if until not in self._sets:
+            self._sets[until] = len(self._sets)
             encode = self.tokenizer.encode
             self._lookback.append(
                 {stop: len(encode(stop, add_special_tokens=False)) + 2 for stop in until}
@@ -34,10 +38,10 @@ class StopStrings:
             self._needed.append(
                 [np.bitwise_or.reduce([self._bit(c) for c in {*stop, ""}]) for stop in until]
             )
-        return self._rules[until]
+        return self._sets[until]
 
     def _bit(self, character: str) -> np.uint64:
-        """Its bit; 0, which asks for nothing, for what may not show in the text of one token."""
+        """Its bit; 0, which every text has, for characters that a single token may not show."""
         if not (character.isascii() and (character.isprintable() or character == "\n")):
             return np.uint64(0)
         if character in ("", " ") or (character not in self._bits and len(self._bits) == 64):
@@ -48,33 +52,33 @@ class StopStrings:
                 self._texts = self.tokenizer.batch_decode(ids)
             bit = self._bits[character] = np.uint64(1 << len(self._bits))
             has = np.fromiter((character in text for text in self._texts), dtype=bool)
-            self._table[:-1][has] |= bit
+            self._token_bits[:-1][has] |= bit
         return self._bits[character]
 
     def candidates(
-        self, rules: np.ndarray, histories: np.ndarray, before: np.ndarray, end: np.ndarray
+        self, stop_sets: np.ndarray, histories: np.ndarray, before: np.ndarray, end: np.ndarray
     ) -> list[int]:
-        """Rows whose tokens before .. end-1 may complete a stop string.
+        """Indices of the answers whose tokens before .. end-1 may complete a stop string.
 
-        histories: (rows, width) token ids, the others (rows,).
+        histories: (answers, width) token ids; the others (answers,).
         """
         found: list[int] = []
-        for rule in np.unique(rules):
-            rows = np.flatnonzero(rules == rule)
-            if not self._lookback[rule]:
+        for stop_set in np.unique(stop_sets):
+            answers = np.flatnonzero(stop_sets == stop_set)
+            if not self._lookback[stop_set]:
                 continue
-            start = np.maximum(before[rows] - max(self._lookback[rule].values()) + 1, 0)
-            width = int((end[rows] - start).max())
-            at = np.minimum(start[:, None] + np.arange(width), end[rows, None] - 1)
-            ids = np.minimum(histories[rows[:, None], at], len(self._table) - 1)
-            seen = np.bitwise_or.reduce(self._table[ids], axis=1)
-            hit = np.logical_or.reduce([seen & n == n for n in self._needed[rule]])
-            found += rows[hit].tolist()
+            start = np.maximum(before[answers] - max(self._lookback[stop_set].values()) + 1, 0)
+            width = int((end[answers] - start).max())
+            at = np.minimum(start[:, None] + np.arange(width), end[answers, None] - 1)
+            ids = np.minimum(histories[answers[:, None], at], len(self._token_bits) - 1)
+            seen = np.bitwise_or.reduce(self._token_bits[ids], axis=1)
+            hit = np.logical_or.reduce([seen & n == n for n in self._needed[stop_set]])
+            found += answers[hit].tolist()
         return found
 
-    def find(self, rule: int, history: np.ndarray, before: int, end: int) -> int | None:
+    def find(self, stop_set: int, history: np.ndarray, before: int, end: int) -> int | None:
         """How many tokens the answer has if a stop string ends it at before+1 .. end tokens."""
-        stops = self._lookback[rule]
+        stops = self._lookback[stop_set]
         window = self._decode(history[max(before + 1 - max(stops.values()), 0) : end])
         if not any(stop in window for stop in stops):
             return None
@@ -85,10 +89,10 @@ class StopStrings:
                 return n
         return None
 
-    def text(self, rule: int, history: np.ndarray) -> str:
+    def text(self, stop_set: int, history: np.ndarray) -> str:
         """A whole answer as text, cut at its stop strings."""
         text = self._decode(history, skip_special_tokens=True)
-        for stop in self._lookback[rule]:
+        for stop in self._lookback[stop_set]:
             if stop:
                 text = text.split(stop)[0]
         return text

@@ -1,0 +1,65 @@
+"""What a run is made of: its records, their tokens, and what identifies model and run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from matryoshka_lora.config import Config, build_method, run_hash, short_name
+from matryoshka_lora.data.examples import Example, tokenize
+from matryoshka_lora.data.records import Record as DataRecord
+from matryoshka_lora.data.records import fingerprint, load_records, split_validation
+from matryoshka_lora.models import EMBEDDED, load_tokenizer, model_identity, source_of
+from matryoshka_lora.runs.folder import run_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, known before anything heavy: it decides the folder."""
+
+    train: list[DataRecord]
+    held_out: list[DataRecord]
+    """Records of the training split that measure the validation loss."""
+    data: dict[str, Any]
+    """Fingerprint of the records to train on, and how many are held out."""
+    model: dict[str, Any]
+    """Identity of the base model, see `models.model_identity`."""
+    run_hash: str
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The records of a run as tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    held_out: list[Example]
+    facts: dict[str, Any]
+    """What the record says of them: the tokenizer, and examples used, truncated, fully masked."""
+    embedded: bool
+    """Whether the embedded tokenizer made them."""
+
+
+def prepare(config: Config) -> Inputs:
+    """Read the data and identify the model. Raises ValueError for whatever is wrong with either."""
+    build_method(config)  # knows whether the method exists
+    source_of(config.model)  # knows whether a folder is one of a model, before anything is read
+    records = load_records(config.dataset)
+    train, held_out = split_validation(records, config.dataset.validation)
+    digest = fingerprint(train, config.dataset)
+    data = {"fingerprint": digest, "held_out": len(held_out)}
+    identity = model_identity(config.model)
+    hash8 = run_hash(config, identity, digest)
+    return Inputs(train, held_out, data, identity, hash8, run_path(config, hash8))
+
+
+def tokenize_records(config: Config, inputs: Inputs) -> Tokens:
+    """Load the tokenizer and tokenize the records to train on and those held out."""
+    tokenizer = load_tokenizer(config.model)
+    train, counts = tokenize(inputs.train, config.dataset, tokenizer)
+    held_out = tokenize(inputs.held_out, config.dataset, tokenizer)[0] if inputs.held_out else []
+    embedded = tokenizer.name_or_path == str(EMBEDDED)
+    name = "embedded" if embedded else short_name(tokenizer.name_or_path)
+    return Tokens(tokenizer, train, held_out, counts | {"tokenizer": name}, embedded)

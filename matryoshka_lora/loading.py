@@ -1,0 +1,165 @@
+"""A finished run as a model: the base it was trained on, with its adapter, ready for `at_rank`.
+
+    loaded = load_run("results/runs/.../lr0.001-seed42-0123abcd")
+    with at_rank(loaded.model, 4, "prefix"):
+        loaded.model.generate(...)
+
+This file alone decides that a folder holds a trained run, that the adapter is that run's and that
+the base model is the one it was trained on.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from matryoshka_lora.config import Config, adapter_spec_of, read_config
+from matryoshka_lora.core.adapter import adapter_spec, add_adapters
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
+from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, model_identity
+from matryoshka_lora.runs.folder import RunFolder
+from matryoshka_lora.runs.progress import is_trained
+from matryoshka_lora.runs.record import Record, read_record
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A folder whose training has ended, with the record and the config in it."""
+
+    folder: RunFolder
+    record: Record
+    config: Config
+    """The recorded one, except for `model.path` where the base model lies elsewhere."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """What reading the adapter at a sub-rank needs to know."""
+        return adapter_spec_of(self.config)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run in memory; `model` carries the run's adapter."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: AdapterSpec
+    record: Record
+
+
+def load_run(
+    folder: str | Path, *, device: str | torch.device = "cpu", model_path: str | None = None
+) -> LoadedRun:
+    """Load a finished run: its base model on `device` with its adapter, and the tokenizer.
+
+    model_path: the base model's folder, where it is not where the run found it.
+    Raises UserError if the folder holds no trained run, or the adapter or the base is not the
+    run's own.
+    """
+    run = read_run(folder, model_path)
+    check_base(run)
+    model = build_model(run.config, torch.device(device))
+    load_factors(run, model)
+    return LoadedRun(model, load_tokenizer(run.config.model), adapter_spec(model), run.record)
+
+
+def read_run(folder: str | Path, model_path: str | None = None) -> TrainedRun:
+    """The record and config of a folder. Raises UserError unless it holds a trained run.
+
+    model_path: as for `load_run`. The adapter is not read yet.
+    """
+    files = RunFolder(Path(folder))
+    if not files.record.is_file():
+        raise UserError(f"run={folder} holds no {files.record.name}, so it is no folder of a run")
+    record = read_record(files.record)
+    if not is_trained(files, record):
+        there = "there" if files.adapter.is_file() else "missing"
+        raise UserError(
+            f"run={folder} has not finished training (status {record.status}, "
+            f"{files.adapter.name} {there}); run its command again first"
+        )
+    config = read_config(record.config, str(files.record))
+    if model_path is not None:
+        config.model.path = model_path
+    return TrainedRun(files, record, config)
+
+
+def adapter_facts(model: dict[str, Any], run_hash: str) -> dict[str, Any]:
+    """What the adapter file of a run says beside its spec; model: the base model's identity."""
+    return {"base_model": model, "run_hash": run_hash}
+
+
+def check_base(run: TrainedRun) -> None:
+    """Raise UserError if the base model of `run.config` is not the one the run was trained on.
+
+    A model of the hub is read at the recorded revision. A local folder in place of a model of the
+    hub cannot be compared with it; a warning says so.
+    """
+    recorded, model = run.record.model, run.config.model
+    if recorded["revision"] is not None:
+        if model.path is None:
+            model.revision = recorded["revision"]  # what the hub's branch was at training
+        else:
+            logger.warning("taking %s for a copy of %s", model.path, recorded)
+        return
+    now = model_identity(model)
+    for key in recorded:
+        if recorded[key] != now.get(key):
+            raise UserError(
+                f"the base model {model.path or model.name} is not the one that "
+                f"run={run.folder.path} was trained on: {key} is {now.get(key)}, the record says "
+                f"{recorded[key]}; give the right one with model_path=FOLDER (scripts/evaluate.py: "
+                "model.path=FOLDER)"
+            )
+
+
+def build_model(config: Config, device: torch.device) -> PreTrainedModel:
+    """The base model with fresh adapters on `device`; without weights on the meta device."""
+    model = load_model(config.model, device)
+    add_adapters(
+        model,
+        adapter_spec_of(config),
+        config.adapter.targets,
+        init=config.adapter.init,
+        dtype=DTYPES[config.adapter.dtype],
+        seed=config.seed,
+    )
+    return model
+
+
+def load_factors(run: TrainedRun, model: PreTrainedModel) -> None:
+    """Load the run's adapter into its adapted model.
+
+    Raises UserError where the file is damaged, does not fit the model or is another run's.
+    """
+    facts = load_adapter(run.folder.adapter, model)
+    _check_own(run, adapter_spec(model), facts)
+
+
+def read_factors(run: TrainedRun) -> AdapterFile:
+    """The run's adapter without a model. Raises UserError for a damaged file or another run's."""
+    file = read_adapter(run.folder.adapter, run.spec)
+    _check_own(run, file.spec, file.facts)
+    return file
+
+
+def _check_own(run: TrainedRun, found: AdapterSpec, facts: dict[str, Any]) -> None:
+    """Raise UserError unless a file with this header is the adapter of the run's record."""
+    for name in ("method", "rank", "train_ranks", "scaling"):
+        _check_same(run, name, getattr(found, name), getattr(run.spec, name))
+    _check_same(run, "run_hash", facts.get("run_hash"), run.record.run_hash)
+
+
+def _check_same(run: TrainedRun, name: str, found: Any, recorded: Any) -> None:
+    if found != recorded:
+        raise UserError(
+            f"{run.folder.adapter} is not the adapter of its {run.folder.record.name}: {name} is "
+            f"{found} in the adapter and {recorded} in the record; restore the two files of one run"
+        )

@@ -1,0 +1,92 @@
+"""What a training will take, estimated from the model's shape before any weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.data.examples import Example
+from matryoshka_lora.models import DTYPES
+from matryoshka_lora.training.plan import steps_per_epoch, total_steps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Counts of parameters, tokens and steps, and the memory of one process."""
+
+    trainable: int
+    """Parameters of the adapters."""
+    parameters: int
+    """Parameters of the base model and the adapters."""
+    examples: int
+    tokens: int
+    """Tokens of one epoch."""
+    longest: int
+    """Tokens of the longest example."""
+    steps: int
+    steps_per_epoch: int
+    memory: dict[str, float]
+    """What it is for -> bytes."""
+
+
+def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]) -> Estimate:
+    """Parameters, tokens, steps and memory of a training of `examples`.
+
+    model: adapted; it needs no weights (meta device). Activations and logits are rough: they assume
+    the inputs of the linear layers kept for the backward pass, and logits of label positions alone.
+    """
+    trainable = sum(p.numel() for p in adapter_parameters(model).values())
+    parameters = sum(p.numel() for p in model.parameters())
+    trainer = config.trainer
+    tokens = sum(len(example.tokens) for example in examples)
+    longest = max(len(example.tokens) for example in examples)
+    compute = DTYPES[config.model.dtype].itemsize
+    factor = DTYPES[config.adapter.dtype].itemsize
+    forward = min(
+        trainer.max_tokens,
+        (trainer.micro_batch or trainer.effective_batch)
+        * (longest if not trainer.packed else tokens / len(examples)),
+    )
+    shape = model.config.get_text_config()
+    # Per layer and token: the inputs of its linear layers, normalised and activated values.
+    width = 12 * shape.hidden_size + 4 * shape.intermediate_size
+    layers = 1 if trainer.gradient_checkpointing else shape.num_hidden_layers
+    memory = {
+        "base weights": (parameters - trainable) * compute,
+        "factors, gradients, AdamW": trainable * factor * 4,
+        "activations (rough)": forward * width * layers * compute
+        + forward * shape.num_hidden_layers * shape.hidden_size * compute,
+        "logits (rough)": forward * 0.6 * shape.vocab_size * (compute + 8),
+    }
+    return Estimate(
+        trainable=trainable,
+        parameters=parameters,
+        examples=len(examples),
+        tokens=tokens,
+        longest=longest,
+        steps=total_steps(
+            len(examples), trainer.effective_batch, trainer.epochs, trainer.max_steps
+        ),
+        steps_per_epoch=steps_per_epoch(len(examples), trainer.effective_batch),
+        memory=memory,
+    )
+
+
+def print_estimate(found: Estimate, embedded: bool) -> None:
+    """Print it, memory in GiB.
+
+    embedded: whether the embedded tokenizer made the tokens; it makes more of a text than that of a
+    larger model.
+    """
+    share = 100 * found.trainable / found.parameters
+    print(f"parameters: {found.trainable:,} trainable of {found.parameters:,} ({share:.2f} %)")
+    by = " of the embedded tokenizer" if embedded else ""
+    print(
+        f"tokens{by}: {found.tokens:,} an epoch in {found.examples:,} examples, the longest "
+        f"{found.longest}; steps: {found.steps:,} ({found.steps_per_epoch} an epoch)"
+    )
+    for name, size in found.memory.items():
+        print(f"memory, {name}: {size / 2**30:.2f} GiB")
+    print(f"memory, sum: {sum(found.memory.values()) / 2**30:.2f} GiB")

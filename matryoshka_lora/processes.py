@@ -1,0 +1,78 @@
+"""The processes of a run (accelerate), and a base model sharded over them (FSDP2)."""
+
+import logging
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
+from transformers import PreTrainedModel
+
+from matryoshka_lora.config import Config
+from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.loading import build_model
+from matryoshka_lora.models import decoder_layers
+from matryoshka_lora.ops.device import let_segments_grow
+
+
+def make_accelerator() -> Accelerator:
+    """Processes and device; attention without cuDNN in this process from now on.
+
+    Raises UserError where the processes do not know each other.
+    """
+    let_segments_grow()
+    # Where torch prefers cuDNN, it makes a new plan for every shape, which is in every decoding
+    # step of the HF engine's first batches, and it rounds unlike the flash attention of packed
+    # rows.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Without being told, accelerate ignores the launcher where there is no GPU.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {started} processes, but accelerate sees "
+            f"{accelerator.num_processes}; use a file of configs/accelerate"
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the base is sharded, so that all processes must run the same forwards."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedModel:
+    """The base model with fresh adapters on this process's device, sharded under FSDP."""
+    if not is_sharded(accelerator):
+        return build_model(config, accelerator.device)
+    # accelerate asks for it, and transformers 5.17 then leaves the weights of all processes but the
+    # first at 0, for accelerate to fill.
+    disable_fsdp_ram_efficient_loading()
+    model = build_model(config, torch.device("cpu"))
+    shard_base(model, accelerator.device)
+    return model
+
+
+def shard_base(model: PreTrainedModel, device: torch.device) -> None:
+    """Shard the frozen base over all processes, layer by layer.
+
+    The adapters stay whole on every process, so training sums their gradients as without sharding.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    whole = set(adapter_parameters(model).values())
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(
+                name, buffer.to(device), name not in module._non_persistent_buffers_set
+            )
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)

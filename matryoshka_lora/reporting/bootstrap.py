@@ -1,0 +1,49 @@
+"""Bootstrap intervals over documents."""
+
+import numpy as np
+import numpy.typing as npt
+
+_COUNTS = 2**20
+"""Counts held at a time: 8 MiB, whatever the numbers of samples and documents."""
+
+
+def bootstrap_intervals(
+    values: npt.ArrayLike, *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> npt.NDArray[np.float64]:
+    """Percentile bootstrap intervals (low, high) over documents: (cells, documents) -> (cells, 2).
+
+    Each interval is that of the mean of a line of `values`. A resample draws the same documents for
+    all lines, so a line may be differences of paired scores, or, as AURAC is linear,
+    `trapezoid_weights(ranks) @ scores` for scores (ranks, documents).
+    Raises ValueError for another shape, values that are not finite, and impossible options.
+    """
+    cells = np.asarray(values, dtype=np.float64)
+    if cells.ndim != 2 or cells.shape[1] == 0:
+        raise ValueError(f"a bootstrap needs values of shape (cells, documents), got {cells.shape}")
+    if not np.all(np.isfinite(cells)):
+        raise ValueError("a bootstrap needs finite values: leave out what has none")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
+    if samples < 1:
+        raise ValueError(f"a bootstrap needs at least one sample, got {samples!r}")
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _COUNTS // cells.shape[1])
+    # A product for each resample, (cells, documents) @ (chunk, documents, 1), and not one matrix
+    # product of all: that would round differently for another chunk.
+    means = [
+        (cells @ _counts(rng, min(chunk, samples - start), cells.shape[1])[:, :, None])[:, :, 0]
+        for start in range(0, samples, chunk)
+    ]
+    tail = (1 - confidence) / 2
+    return np.quantile(np.concatenate(means) / cells.shape[1], [tail, 1 - tail], axis=0).T
+
+
+def _counts(rng: np.random.Generator, samples: int, documents: int) -> npt.NDArray[np.float64]:
+    """How often each resample draws each document, (samples, documents).
+
+    The draws do not depend on how many samples are asked for at a time.
+    """
+    drawn = rng.integers(0, documents, (samples, documents))
+    drawn += documents * np.arange(samples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=samples * documents)
+    return counts.reshape(samples, documents).astype(np.float64)

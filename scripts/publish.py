@@ -1,0 +1,97 @@
+"""Publishing a table: its finished runs' records into one folder, and the report on them."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from grid import Run, hash_today
+
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.reporting import write_report
+from matryoshka_lora.runs.record import Record, find_records, read_record, write_record
+
+logger = logging.getLogger("matryoshka_lora.scripts.publish")
+
+
+def publish(
+    table: str,
+    runs: Sequence[Run],
+    output: Path,
+    holds: Callable[[Record], bool],
+    prune: bool = False,
+) -> None:
+    """Copy the finished records to records/<table>/, write the report and show the table.
+
+    The report is on all records there that are of the table's grid, as `holds` says, also those of
+    other seeds or methods than `runs`, whose missing ones are holes. Records of other grids are
+    named and left where they are, but not reported, or with `prune` removed. A record of one of
+    `runs` under a name of another version gives way to the new one.
+    """
+    folder = output / "records" / table
+    finished = [record for run in runs if (record := run.finished()) is not None]
+    if not finished:
+        logger.warning("%s: no run is finished, so the table is not written", table)
+        return
+    new = {folder / f"{record.name.replace('/', '-')}.json": record for record in finished}
+    for path, record in new.items():
+        old = {row.key for row in read_record(path).rows} if path.exists() else set()
+        if lost := old - {row.key for row in record.rows}:
+            logger.warning("%s: %d rows of the old record are not in the new", path, len(lost))
+        write_record(path, record)
+    hashes = {record.run_hash for record in finished}
+    kept: dict[Path, Record] = {}
+    strangers = []
+    for path in find_records(folder, "*.json"):
+        if path in new:
+            continue
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+            strangers.append(path)
+            continue
+        if _hash(record) in hashes:
+            logger.warning("%s: the record of the same run has a new name and replaces it", path)
+            path.unlink()
+        elif holds(record):
+            kept[path] = record
+        else:
+            strangers.append(path)
+    if prune:
+        for path in strangers:
+            path.unlink()
+    if strangers:
+        logger.warning(
+            "%s: %d records are not of this grid; %s: %s",
+            folder,
+            len(strangers),
+            "removed (git brings committed ones back)"
+            if prune
+            else "they stay, but are not in this table (prune=1 removes them, name=... writes a "
+            "table of its own)",
+            ", ".join(path.name for path in strangers),
+        )
+    have = {_hash(record) for record in (*new.values(), *kept.values())}
+    holes = [
+        dataclasses.asdict(run.config)
+        for run in runs
+        if run.finished() is None and (run.inputs is None or run.inputs.run_hash not in have)
+    ]
+    if holes:
+        logger.warning("%s: %d of %d runs are missing", table, len(holes), len(runs))
+    records = {**kept, **new}
+    ordered = [records[path] for path in sorted(records)]
+    paths = write_report(table, ordered, output, holes)
+    print(f"\n{next(p for p in paths if p.suffix == '.md').read_text()}")
+    print("wrote", f"{folder}/ ({len(new)} records)", *map(str, paths), sep="\n  ", flush=True)
+    if kept:
+        print(f"the table is on {len(kept)} more records of this grid that were there", flush=True)
+
+
+def _hash(record: Record) -> str:
+    """The run hash of this version where it can be told, so that older records are recognised."""
+    try:
+        return hash_today(record)
+    except UserError:
+        return record.run_hash
