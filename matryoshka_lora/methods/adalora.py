@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.core.diagonals import sub_rank_scale
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.layer import by_layer
 from matryoshka_lora.methods.base import AdapterShape, Method, register, setting, single
-from matryoshka_lora.methods.hooks import Hooks
+from matryoshka_lora.methods.hooks import Hooks, start_generator
 
 START_STD = 0.02
 """Deviation of the normal distribution that A and B start from; E starts at 0."""
@@ -91,7 +91,7 @@ class RankAllocator(Hooks):
         """Layer -> (R,) bool: what the last masking kept; final once masking has ended."""
 
     def initialise(self, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = start_generator(seed)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if name.endswith("lora_gate"):
@@ -104,9 +104,10 @@ class RankAllocator(Hooks):
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
     ) -> None:
         self.parameters = dict(parameters)
-        self.layers = [name.removesuffix(".lora_gate") for name in parameters if "gate" in name]
+        self.layers = list(by_layer(parameters))
         self.first = round(self.settings.warmup * steps)
-        self.last = steps - round(self.settings.settle * steps)
+        # The last masking leaves what the target says, so there is one however few steps there are.
+        self.last = min(steps - round(self.settings.settle * steps), steps - 1)
         self.mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
@@ -137,10 +138,10 @@ class RankAllocator(Hooks):
         """Components of all layers that may stay, falling with the cube of what is left."""
         whole = sum(len(self.parameters[f"{layer}.lora_gate"]) for layer in self.layers)
         target = self.settings.target_rank * len(self.layers)
+        if step >= self.last:
+            return target
         if step <= self.first:
             return whole
-        if step > self.last:
-            return target
         left = 1 - (step - self.first) / (self.last - self.first)
         return int((whole - target) * left**3 + target)
 

@@ -7,6 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Tells the random numbers that a method starts from, from those that A is drawn from: both are of
+# the run's seed.
+START_STREAM = 2
+
+
+def start_generator(seed: int) -> torch.Generator:
+    """Of `Hooks.initialise`, on the CPU."""
+    state = np.random.default_rng([seed, START_STREAM]).integers(2**63)
+    return torch.Generator().manual_seed(int(state))
+
 
 class Hooks:
     """Nothing, at each place; a method that does something overrides what it needs.
@@ -19,8 +29,9 @@ class Hooks:
     def initialise(self, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
         """Draw the start of the parameters, where the method has one of its own.
 
-        parameters: `<layer>.<role>` -> parameter. Draws come from a generator on the CPU of its
-        own, in the order of the names, so that they do not depend on device or process.
+        Called once, when fresh adapters are built. parameters: `<layer>.<role>` -> parameter. Draws
+        come from `start_generator`, in the order of the names, so that they depend on neither
+        device nor process.
         """
 
     def start(
@@ -39,9 +50,9 @@ class Hooks:
         """The parameters are updated; the clipped gradients still stand."""
 
     def importance(self) -> dict[str, Tensor]:
-        """Layer -> (R,), how much each component matters; it is saved with the adapter.
+        """Layer -> (R,), how much each component matters; asked for when training has ended.
 
-        Empty where the method has none, and the singular values tell.
+        It is saved with the adapter. Empty where the singular values tell.
         """
         return {}
 

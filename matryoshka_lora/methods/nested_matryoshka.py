@@ -17,17 +17,13 @@ from matryoshka_lora.methods.base import AdapterShape, Method, register, setting
 
 @dataclass(frozen=True)
 class Settings:
-    decay: float | None = setting(
-        None, "P is s_R (R/i)^decay; null: the sum over S of Algorithm 1"
-    )
+    decay: float | None = setting(None, "P is s_R (R/i)^decay; null: the sum over S of Algorithm 1")
     weights: list[float] | None = setting(
         None, "odds of each trained sub-rank; null: the method's own"
     )
 
 
-@register(
-    label="nested MatryoshkaLoRA", colour="#AA4499", marker="P", order=4, settings=Settings
-)
+@register(label="nested MatryoshkaLoRA", colour="#AA4499", marker="P", order=4, settings=Settings)
 def nested_matryoshka(shape: AdapterShape, settings: Settings) -> Method:
     """p = P * 1[i<=r], r drawn from S for each sample.
 

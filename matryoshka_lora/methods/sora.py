@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from matryoshka_lora.core.diagonals import lora_diagonal
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.layer import by_layer
 from matryoshka_lora.methods.base import AdapterShape, Method, register, setting, single
-from matryoshka_lora.methods.hooks import Hooks
+from matryoshka_lora.methods.hooks import Hooks, start_generator
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SoftThreshold(Hooks):
         self.sparsity = sparsity
 
     def initialise(self, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = start_generator(seed)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if name.endswith("lora_gate"):
@@ -56,10 +57,7 @@ class SoftThreshold(Hooks):
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """|g_i| ||a_i|| ||b_i|| of each component."""
-        found = {}
-        for name, gate in self.parameters.items():
-            if name.endswith("lora_gate"):
-                layer = name.removesuffix(".lora_gate")
-                A, B = (self.parameters[f"{layer}.{role}"] for role in ("lora_A", "lora_B"))
-                found[layer] = gate.abs() * A.norm(dim=1) * B.norm(dim=0)
-        return found
+        return {
+            layer: own["lora_gate"].abs() * own["lora_A"].norm(dim=1) * own["lora_B"].norm(dim=0)
+            for layer, own in by_layer(self.parameters).items()
+        }
