@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TARGETS, small_llama
 from peft import AdaLoraConfig, get_peft_model
+from test_pipeline import small_config
 from test_training import factors, make_config, make_examples, make_model, train
 
 from matryoshka_lora.config import Config, adapter_spec_of, build_method
@@ -27,10 +28,13 @@ from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import load_adapter, read_adapter, save_adapter
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.evaluation.readings import plan_points
-from matryoshka_lora.loading import build_model
+from matryoshka_lora.loading import build_model, load_run
 from matryoshka_lora.methods.adalora import RankAllocator, Settings
 from matryoshka_lora.methods.sora import SoftThreshold
 from matryoshka_lora.ops.attention import packed_attention
+from matryoshka_lora.pipeline import run
+from matryoshka_lora.runs.folder import RunFolder
+from matryoshka_lora.runs.progress import finished_record
 
 R = 6
 
@@ -364,3 +368,32 @@ def test_every_parameter_belongs_to_a_layer(learned):
     grouped = by_layer(adapter_parameters(model))
     assert list(grouped) == list(adapter_layers(model))
     assert all(set(roles) == {"lora_A", "lora_B", "lora_gate"} for roles in grouped.values())
+
+
+@pytest.mark.parametrize("method", ["adalora", "sora"])
+def test_a_learned_method_from_training_to_its_table(tmp_path, method):
+    config = small_config(tmp_path, method__name=method, method__target_rank=1)
+    config.dataset.validation, config.trainer.max_steps = 0.05, 10
+    config.method.mask_every, config.method.sparsity, config.trainer.lr = 1, 300.0, 1e-3
+    record = run(config)
+    readings = {(row.rank, row.rule) for row in record.rows if row.task == "validation"}
+    assert readings == {(0, "base"), (4, "trained")} | {
+        (rank, rule) for rank in (1, 2, 4) for rule in ("svd", "global")
+    }
+    rows = {
+        (r.rank, r.rule): r for r in record.rows if (r.task, r.metric) == ("validation", "loss")
+    }
+    assert rows[(4, "svd")].same_as == rows[(4, "global")].same_as == "trained@4"
+    (folder,) = tmp_path.rglob("record.json")
+    loaded = load_run(folder.parent)
+    assert finished_record(config, RunFolder(folder.parent)) is not None
+    survived = adapter_view(loaded.model).survived
+    for rank in (1, 2):
+        same = rows[(rank, "svd")]
+        assert (same.same_as == "trained@4") == (rank >= survived)
+        if rank >= survived:
+            assert same.value == rows[(4, "trained")].value
+    # Read again, from the file, it is what the sweep read in the process that trained it.
+    plan = plan_points(adapter_view(loaded.model), [1, 2, 4], None, [1, 2, 4])
+    for (rank, rule), point in plan.readings.items():
+        assert rows[(rank, rule)].same_as == plan.same_as((rank, rule)), point
