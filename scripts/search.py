@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora import methods
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.runs.record import Record
 
@@ -23,8 +23,9 @@ HELD_OUT = 0.05
 
 def search_settings(config: Config) -> dict[str, Any]:
     """What a candidate's settings, by key, have in place of those of `config`, a final run."""
-    reads = config.eval.rules
-    alone = methods.get(config.method.name).baseline
+    reads = config.eval.rules or ()
+    ordered = adapter_spec_of(config).ordered
+    alone = methods.get(config.method.name).baseline or not ordered
     return {
         "dataset.validation": HELD_OUT,
         "eval.tasks": [],
@@ -38,6 +39,7 @@ def held_out_loss(record: Record, config: Config, path: Path) -> float:
 
     Raises UserError naming `path`, the record's file, where one of them is missing.
     """
+    assert config.eval.rules is not None, "`search_settings` names it"
     (rule,), ranks = config.eval.rules, config.eval_ranks
     found = {
         row.rank: row.value

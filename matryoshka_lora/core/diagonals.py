@@ -55,6 +55,12 @@ def matryoshka_diagonal(train_ranks: Sequence[int], max_rank: int, scaling: str)
     return torch.stack([prefix_diagonal(r, max_rank, scaling) for r in train_ranks]).sum(0)
 
 
+def power_diagonal(decay: float, max_rank: int, scaling: str) -> Tensor:
+    """`s_R (R/i)^decay`, i = 1..R, shape (max_rank,): a smooth form of Algorithm 1's steps."""
+    places = torch.arange(1, max_rank + 1, dtype=torch.float32)
+    return lora_diagonal(max_rank, scaling) * (max_rank / places) ** decay
+
+
 def check_rank(rank: int, max_rank: int) -> None:
     """Raises ValueError unless 1 <= rank <= max_rank."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

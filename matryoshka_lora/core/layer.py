@@ -1,6 +1,7 @@
 """The adapter layer. There is one, with one forward: methods and rules only set its diagonal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,17 @@ from torch import Tensor, nn
 
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
 """Parameters of a layer by their role, the last segment of their name -> the axis of the rank."""
+
+T = TypeVar("T")
+
+
+def by_layer(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """`<layer>.<role>` -> x as layer -> role -> x, in the same order."""
+    found: dict[str, dict[str, T]] = {}
+    for name, value in named.items():
+        layer, _, role = name.rpartition(".")
+        found.setdefault(layer, {})[role] = value
+    return found
 
 
 class AdapterLinear(nn.Linear):

@@ -83,6 +83,8 @@ class Method:
     """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
     gated: bool = False
     """Whether each layer learns a factor (R,) of its diagonal."""
+    ordered: bool = True
+    """Whether training leaves the components in the order of rank, so that prefixes are read."""
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
@@ -163,6 +165,7 @@ class MethodInfo:
             method=self.name,
             train_ranks=shape.train_ranks if self.trains_sub_ranks else (),
             gated=method.gated,
+            ordered=method.ordered,
         )
 
 
