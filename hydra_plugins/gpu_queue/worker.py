@@ -43,7 +43,7 @@ def run(script: str, arguments: Sequence[str]) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
+        if not isinstance(end.code, str):
             return int(end.code or 0)
         print(end.code, file=sys.stderr)
         return 1
