@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, BinaryIO
 
-from matryoshka_lora.cli import environment_of_children
+from matryoshka_lora.cli import JOB, environment_of_children
 from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,12 @@ class Worker:
             [sys.executable, *command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment_of_children(), "PYTHONUNBUFFERED": "1", **self.slot.environment},
+            env={
+                **environment_of_children(),
+                JOB: "1",
+                "PYTHONUNBUFFERED": "1",
+                **self.slot.environment,
+            },
             **({"stdin": subprocess.DEVNULL} | more),
         )
 
