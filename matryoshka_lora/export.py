@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,14 +105,10 @@ def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and without the
-    package peft.
+    What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
+    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and where
+    PEFT cannot carry the adapter.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("format=peft needs the package peft: pip install peft") from None
-
     sub = sub_rank(run, rank, rule)
     alpha, rslora = PEFT_SCALE[sub.scaling]
     state = {}
@@ -120,16 +117,53 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
         state[f"base_model.model.{name}.lora_B.weight"] = B
     with _new_folder(out) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha(rank),
-            use_rslora=rslora,
-            target_modules=sorted({name.rpartition(".")[2] for name in sub.factors}),
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=_base_of(run.config),
-        ).save_pretrained(str(folder))
+        # Only what differs from PEFT's defaults, and not by PEFT, which writes keys that its earlier
+        # versions refuse.
+        content: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": _base_of(run.config),
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha(rank),
+            "target_modules": sorted({name.rpartition(".")[2] for name in sub.factors}),
+        }
+        if rslora:
+            content["use_rslora"] = True
+        (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        _check_peft(run, state, folder)
         _write_provenance(folder, run, rank, rule)
+
+
+def _check_peft(run: TrainedRun, state: dict[str, Tensor], folder: Path) -> None:
+    """Raise UserError unless PEFT puts exactly the tensors `state` into the base model's shape."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        logger.warning("peft is not installed, so that it was not checked what it reads of this")
+        return
+    base = load_model(run.config.model, torch.device("meta"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is compared below
+            # So that what is in the file becomes real and nothing else does.
+            model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True)
+    except Exception as error:  # whatever PEFT does with layers that it does not know
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    else:
+        found = {
+            name.replace(".default.", "."): parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name and not parameter.is_meta
+        }
+        lost = [n for n in state if n not in found or not torch.equal(found[n].cpu(), state[n])]
+        if not lost:
+            return
+        layers = sorted({name.partition(".lora_")[0] for name in lost})
+        problem = f"it does not read those of {len(layers)} layers, such as {layers[0]}"
+    raise UserError(
+        f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
+    )
 
 
 @torch.no_grad()
