@@ -11,7 +11,7 @@ import logging
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import factors_of
@@ -115,10 +116,11 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     for name, (A, B) in sub.factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
+    base = _shape_of_base(run)
     with _new_folder(out) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        # Only what differs from PEFT's defaults, and not by PEFT, which writes keys that its earlier
-        # versions refuse.
+        # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
+        # earlier versions refuse.
         content: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -126,41 +128,66 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha(rank),
-            "target_modules": sorted({name.rpartition(".")[2] for name in sub.factors}),
+            "target_modules": _target_modules(sub.factors, base),
         }
         if rslora:
             content["use_rslora"] = True
         (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
-        _check_peft(run, state, folder)
+        if base is not None:
+            _check_peft(run, base, state, folder)
         _write_provenance(folder, run, rank, rule)
 
 
-def _check_peft(run: TrainedRun, state: dict[str, Tensor], folder: Path) -> None:
-    """Raise UserError unless PEFT puts exactly the tensors `state` into the base model's shape."""
+def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
+    """The base model without weights; None, with a warning, where it is out of reach."""
+    try:
+        return load_model(run.config.model, torch.device("meta"))
+    except ValueError as error:
+        logger.warning("it was not checked that PEFT can read this: %s", error)
+        return None
+
+
+def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
+    """What PEFT has to be told to adapt these layers: their last name segments, where it can be."""
+    layers = set(layers)
+    short = {name.rpartition(".")[2] for name in layers}
+    names = [] if base is None else [name for name, _ in base.named_modules()]
+    others = any(name.rpartition(".")[2] in short and name not in layers for name in names)
+    return sorted(layers if others else short)
+
+
+def _check_peft(
+    run: TrainedRun, base: PreTrainedModel, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Raise UserError unless PEFT makes exactly the parameters `state` of what is in `folder`.
+
+    base: the base model without weights, which PEFT changes.
+    """
     try:
         from peft import PeftModel
     except ImportError:
-        logger.warning("peft is not installed, so that it was not checked what it reads of this")
+        logger.warning("it was not checked that PEFT can read this: peft is not installed")
         return
-    base = load_model(run.config.model, torch.device("meta"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is compared below
-            # So that what is in the file becomes real and nothing else does.
             model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True)
-    except Exception as error:  # whatever PEFT does with layers that it does not know
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # whatever PEFT raises for layers that it does not know
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
         found = {
-            name.replace(".default.", "."): parameter
+            name.replace(".default.", "."): parameter.shape
             for name, parameter in model.named_parameters()
-            if ".lora_" in name and not parameter.is_meta
+            if ".lora_" in name
         }
-        lost = [n for n in state if n not in found or not torch.equal(found[n].cpu(), state[n])]
-        if not lost:
+        wrong = sorted(
+            name
+            for name in state.keys() | found.keys()
+            if name not in state or state[name].shape != found.get(name)
+        )
+        if not wrong:
             return
-        layers = sorted({name.partition(".lora_")[0] for name in lost})
-        problem = f"it does not read those of {len(layers)} layers, such as {layers[0]}"
+        problem = f"it does not read {len(wrong)} of its tensors as they are, such as {wrong[0]}"
     raise UserError(
         f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
     )

@@ -241,7 +241,9 @@ def _check_packed(
         with packed_attention(model), _calls(model, many) as calls:
             inputs = packed_inputs(lengths, device)
             found = model(input_ids=ids, use_cache=False, logits_to_keep=kept, **inputs).logits[0]
-    except (ValueError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if PADDED in reason else f"; set {PADDED}"
         raise UserError(f"{name} does not run on packed rows: {reason}{hint}") from error

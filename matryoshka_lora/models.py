@@ -183,8 +183,9 @@ def other_modalities(model: PreTrainedModel) -> list[str]:
 def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
     return (
         f"model {source} (revision {config.revision}) cannot be read: {_first_line(error)} "
-        f"If the repository is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; "
-        f"for a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
+        "If the repository is gated, accept its licence on its hub page and run `hf auth login` or "
+        "set HF_TOKEN; for a local copy set model.path=FOLDER; for the shape alone set "
+        "model.random_weights=true"
     )
 
 
