@@ -135,21 +135,22 @@ def without_dropout(model: PreTrainedModel) -> Iterator[dict[str, float]]:
     Their masks would follow how examples are packed and split over processes, whatever the seed.
     Yields the settings that were not 0, by name, and the log says so; they are back afterwards.
     """
-    holders: dict[int, dict[str, Any]] = {}
-    for module in model.modules():
-        holders[id(module)] = vars(module)
-        if isinstance(module, PreTrainedModel):  # some read their config in each forward
-            holders[id(module.config)] = vars(module.config)
+    modules = [vars(module) for module in model.modules()]
+    # Some read their config in each forward.
+    used = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = [vars(config) for config in {id(config): config for config in used}.values()]
     found = [
         (values, name, value)
-        for values in holders.values()
+        for values in modules + configs
         for name, value in values.items()
         # `p` is nn.Dropout's.
         if (name == "p" or "drop" in name or "jitter" in name)
         and isinstance(value, float)
         and value > 0
     ]
-    switched_off = {"dropout" if name == "p" else name: value for _, name, value in found}
+    # As the configs name them, where they do.
+    named = [entry for entry in found if any(entry[0] is c for c in configs)] or found
+    switched_off = {"dropout" if name == "p" else name: value for _, name, value in named}
     if switched_off:
         logger.warning(
             "the base model's dropout is switched off in training (%s): its masks would depend on "
