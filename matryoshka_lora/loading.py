@@ -26,7 +26,13 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
-from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, model_identity
+from matryoshka_lora.models import (
+    DTYPES,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    other_modalities,
+)
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -135,6 +141,7 @@ def build_model(config: Config, device: torch.device) -> PreTrainedModel:
         init=config.adapter.init,
         dtype=DTYPES[config.adapter.dtype],
         seed=config.seed,
+        without=other_modalities(model),
     )
     if device.type != "meta":
         build_method(config).hooks.initialise(adapter_parameters(model), config.seed)

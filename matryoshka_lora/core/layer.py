@@ -78,15 +78,15 @@ class AdapterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.base is not None or torch.is_autocast_enabled(x.device.type) or x.dim() == 1:
             y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
-            return y + F.linear(self._scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
-        h = self._scaled(x)
+            return y + F.linear(self.scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
+        h = self.scaled(x)
         # The large product is added to the small one, in place: it is bound by arithmetic, so that
         # reading y costs nothing there. The other way round, y is read and written once more.
         y = F.linear(h.flatten(0, -2), self.lora_B.to(x.dtype), self.bias)
         y.addmm_(x.flatten(0, -2), self.weight.t())
         return y.unflatten(0, x.shape[:-1])
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """`(x A^T) * g p`, (..., R)."""
         p = self.p if self.lora_gate is None else self.p * self.lora_gate
         h = F.linear(x, self._cast(self.lora_A, x))
