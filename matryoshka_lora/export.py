@@ -85,7 +85,10 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         read_here = factors_of(trained, file.spec, reading.factors)
         own = reading.p if isinstance(reading.p, Tensor) else reading.p[name]
         p = own * read_here["lora_gate"] if "lora_gate" in read_here else own
-        taken = torch.arange(rank) if uniform else p.nonzero()[:, 0]
+        # The first r, some of which may be zero; others only where the rule reads others.
+        taken = torch.arange(rank) if uniform and not p[rank:].any() else p.nonzero()[:, 0]
+        if uniform and len(taken) > rank:
+            raise UserError(f"rule={rule} reads {len(taken)} components at rank {rank}")
         if not len(taken):
             continue
         diagonals[name] = p[taken]

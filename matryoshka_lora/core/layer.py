@@ -1,4 +1,4 @@
-"""The adapter layer. There is one, with one forward: methods and rules only set its diagonal."""
+"""The adapter layer. All methods use this one layer and this one forward; they only set `p`."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -120,5 +120,5 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a module that maps (..., in) to (..., out). Raises ValueError if it has none."""
     sizes = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"a {type(module).__name__} does not tell its in_features, out_features")
+        raise ValueError(f"a {type(module).__name__} has no in_features and out_features")
     return sizes  # type: ignore[return-value]
