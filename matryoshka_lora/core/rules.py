@@ -100,7 +100,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
-"""By name, in the order of tables. Where several compute the same function, the first is evaluated."""
+"""By name, in the order of tables. Of several that are the same function the first is evaluated."""
 
 
 def rule(

@@ -37,14 +37,17 @@ class Hooks:
     def start(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
     ) -> None:
-        """Before the first step. parameters: `<layer>.<role>` -> parameter; steps: how many there will be."""
+        """Before the first step. parameters: `<layer>.<role>` -> parameter; steps: of training."""
 
     def penalty(self) -> Tensor | None:
         """A loss of the parameters alone, a scalar, whose gradient is added once a step."""
         return None
 
     def after_backward(self, step: int, choice: np.ndarray) -> None:
-        """Called when the summed gradients are in `.grad`. choice: (samples,), the diagonal that each sample had."""
+        """Called when the summed gradients are in `.grad`.
+
+        choice: (samples,), the index of the diagonal that each sample had.
+        """
 
     def after_update(self, step: int, lr: float) -> None:
         """The parameters are updated; the clipped gradients are still in `.grad`."""
