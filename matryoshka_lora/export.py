@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import factors_of
@@ -83,7 +85,10 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         read_here = factors_of(trained, file.spec, reading.factors)
         own = reading.p if isinstance(reading.p, Tensor) else reading.p[name]
         p = own * read_here["lora_gate"] if "lora_gate" in read_here else own
-        taken = torch.arange(rank) if uniform else p.nonzero()[:, 0]
+        # The first r, some of which may be zero; others only where the rule reads others.
+        taken = torch.arange(rank) if uniform and not p[rank:].any() else p.nonzero()[:, 0]
+        if uniform and len(taken) > rank:
+            raise UserError(f"rule={rule} reads {len(taken)} components at rank {rank}")
         if not len(taken):
             continue
         diagonals[name] = p[taken]
@@ -113,39 +118,96 @@ def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and without the
-    package peft.
+    What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
+    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and where
+    PEFT cannot carry the adapter.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("format=peft needs the package peft: pip install peft") from None
-
     sub = sub_rank(run, rank, rule)
     alpha, rslora = PEFT_SCALE[sub.scaling]
     state = {}
     for name, (A, B) in sub.factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
-    ranks = {name: len(A) for name, (A, _) in sub.factors.items()}
-    if sub.uniform:
-        targets, pattern = {name.rpartition(".")[2] for name in ranks}, {}
-    else:
-        targets, pattern = set(ranks), ranks
+    base = _shape_of_base(run)
     with _new_folder(out) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha(rank),
-            use_rslora=rslora,
-            target_modules=sorted(targets),
-            rank_pattern=pattern,
-            alpha_pattern={name: alpha(own) for name, own in pattern.items()},
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=_base_of(run.config),
-        ).save_pretrained(str(folder))
+        # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
+        # earlier versions refuse.
+        content: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": _base_of(run.config),
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha(rank),
+            "target_modules": _target_modules(sub.factors, base),
+        }
+        if rslora:
+            content["use_rslora"] = True
+        if not sub.uniform:
+            ranks = {name: len(A) for name, (A, _) in sub.factors.items()}
+            content["target_modules"] = sorted(ranks)
+            content["rank_pattern"] = ranks
+            content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
+        (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        if base is not None:
+            _check_peft(run, base, state, folder)
         _write_provenance(folder, run, rank, rule)
+
+
+def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
+    """The base model without weights; None, with a warning, where it is out of reach."""
+    try:
+        return load_model(run.config.model, torch.device("meta"))
+    except ValueError as error:
+        logger.warning("it was not checked that PEFT can read this: %s", error)
+        return None
+
+
+def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
+    """What PEFT has to be told to adapt these layers: their last name segments, where it can be."""
+    layers = set(layers)
+    short = {name.rpartition(".")[2] for name in layers}
+    names = [] if base is None else [name for name, _ in base.named_modules()]
+    others = any(name.rpartition(".")[2] in short and name not in layers for name in names)
+    return sorted(layers if others else short)
+
+
+def _check_peft(
+    run: TrainedRun, base: PreTrainedModel, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Raise UserError unless PEFT makes exactly the parameters `state` of what is in `folder`.
+
+    base: the base model without weights, which PEFT changes.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        logger.warning("it was not checked that PEFT can read this: peft is not installed")
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is compared below
+            model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True)
+    except Exception as error:  # whatever PEFT raises for layers that it does not know
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        found = {
+            name.replace(".default.", "."): parameter.shape
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name
+        }
+        wrong = sorted(
+            name
+            for name in state.keys() | found.keys()
+            if name not in state or state[name].shape != found.get(name)
+        )
+        if not wrong:
+            return
+        problem = f"it does not read {len(wrong)} of its tensors as they are, such as {wrong[0]}"
+    raise UserError(
+        f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
+    )
 
 
 @torch.no_grad()

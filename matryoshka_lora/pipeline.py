@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,8 +34,10 @@ from matryoshka_lora.loading import (
     check_base,
     load_factors,
     read_run,
+    warn_of_narrow_layers,
 )
 from matryoshka_lora.memory import estimate, print_estimate
+from matryoshka_lora.model_checks import check_model
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator
 from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
@@ -75,19 +78,21 @@ def run(config: Config) -> Record | None:
     tasks = load_own_and_harness_tasks(config, accelerator)
     tokens = tokenize_records(config, inputs)
     # The shape alone tells whether the targets exist, long before weights are read.
-    build_model(config, torch.device("meta"))
+    shape = build_model(config, torch.device("meta"))
+    if main:
+        warn_of_narrow_layers(shape)
     record = _start_record(config, inputs, tokens, folder, accelerator)
     tracker = make_tracker(config, inputs.run_hash, folder.path, main)
     try:
         model = build_adapted_model(config, accelerator)
+        lm = check_model(config, model, tokens, tasks, accelerator)
         if is_trained(folder, record):
             logger.info("training is finished; reading %s", folder.adapter)
             load_factors(read_run(folder.path), model)
         else:
             train(config, inputs, model, tokens.train, record, folder, accelerator, tracker)
-        evaluate(
-            config, model, tokens.tokenizer, tasks, tokens.held_out, record, folder, accelerator
-        )
+        held_out = tokens.held_out
+        evaluate(config, model, tokens.tokenizer, tasks, held_out, record, folder, accelerator, lm)
         if main:
             record.status, record.error = "finished", None
             write_record(folder.record, record)
@@ -170,8 +175,12 @@ def evaluate(
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
+    lm: HFLM | None = None,
 ) -> None:
-    """Add the rows of every point that is missing to `record`, saving it after each point."""
+    """Add the rows of every point that is missing to `record`, saving it after each point.
+
+    lm: what `check_model` returned.
+    """
     main = accelerator.is_main_process
     sharded = is_sharded(accelerator)
     plan = plan_points(
@@ -213,6 +222,7 @@ def evaluate(
             ),
             folder.samples,
             identity=record.run_hash,
+            lm=lm,
             processes=accelerator,
             lockstep=sharded,
             on_point=on_point,

@@ -63,15 +63,22 @@ def add_adapters(
     init: str = "lora",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    without: Sequence[str] = (),
 ) -> list[str]:
     """Freeze `model` and replace every layer whose last name segment is in `targets`.
 
+    without: names of modules whose layers get none, such as a tower that text does not go through.
     dtype: of the factors. A is drawn on the CPU from a generator of its own, layer by layer in the
     order of the names, so the start does not depend on the device or on the global random state.
     Returns the names of the adapted layers. Raises UserError if a target matches nothing, or names
     something that is no linear map, or is adapted already.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in targets
+        and not any(name.startswith(f"{outside}.") for outside in without)
+    ]
     found = {name.rpartition(".")[2] for name in names}
     linear = sorted(
         {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -100,7 +107,9 @@ def add_adapters(
         base = model.get_submodule(name)
         device = next(base.parameters()).device
         p = shared.setdefault(device, p_full.to(device))
-        layer = AdapterLinear(base, p, dtype, gated=spec.gated)
+        layer = AdapterLinear(
+            base, p, dtype, gated=spec.gated, float32_diagonal=spec.float32_diagonal
+        )
         if device.type != "meta":
             bound = init_bound(init, layer.in_features, spec.rank)
             start = torch.empty(layer.lora_A.shape, dtype=torch.float32)

@@ -100,7 +100,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
-"""By name, in the order of tables. Of rules that are one function the first stands for all."""
+"""By name, in the order of tables. Of several that are the same function the first is evaluated."""
 
 
 def rule(

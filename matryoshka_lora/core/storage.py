@@ -110,7 +110,7 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     """
     asked = adapter_spec(model)
     file = read_adapter(path, asked)
-    for name in ("rank", "scaling", "gated", "method", "train_ranks"):
+    for name in ("rank", "scaling", "gated", "float32_diagonal", "method", "train_ranks"):
         wanted, found = getattr(asked, name), getattr(file.spec, name)
         if wanted != found and None not in (wanted, found) and () not in (wanted, found):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a method may do around an optimizer step, outside the captured forward."""
+"""What a method may do around an optimizer step, outside the forward that CUDA graphs capture."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def start_generator(seed: int) -> torch.Generator:
 
 
 class Hooks:
-    """Nothing, at each place; a method that does something overrides what it needs.
+    """Every hook does nothing by default; a method overrides those that it needs.
 
     The order of a step: gradients are summed over the processes; the gradient of `penalty` is
     added; `after_backward`; norm and clip; the optimizer's update; `after_update`; gradients are
@@ -44,10 +44,13 @@ class Hooks:
         return None
 
     def after_backward(self, step: int, choice: np.ndarray) -> None:
-        """The summed gradients stand. choice: (samples,), the diagonal that each sample had."""
+        """Called when the summed gradients are in `.grad`.
+
+        choice: (samples,), the index of the diagonal that each sample had.
+        """
 
     def after_update(self, step: int, lr: float) -> None:
-        """The parameters are updated; the clipped gradients still stand."""
+        """The parameters are updated; the clipped gradients are still in `.grad`."""
 
     def importance(self) -> dict[str, Tensor]:
         """Layer -> (R,), how much each component matters; asked for when training has ended.
@@ -57,7 +60,7 @@ class Hooks:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a resumed training goes on with the same bits."""
+        """What a checkpoint must hold so that a resumed training continues bit for bit."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
