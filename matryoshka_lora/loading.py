@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, adapter_spec_of, read_config
-from matryoshka_lora.core.adapter import adapter_spec, add_adapters
+from matryoshka_lora.core.adapter import adapter_layers, adapter_spec, add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
@@ -139,6 +139,22 @@ def build_model(config: Config, device: torch.device) -> PreTrainedModel:
         without=other_modalities(model),
     )
     return model
+
+
+def warn_of_narrow_layers(model: PreTrainedModel) -> None:
+    """Name the adapted layers that are narrower than R, whose updates cannot have rank R."""
+    rank = adapter_spec(model).rank
+    narrow = {
+        name.rpartition(".")[2]: min(layer.in_features, layer.out_features)
+        for name, layer in adapter_layers(model).items()
+        if min(layer.in_features, layer.out_features) < rank
+    }
+    if narrow:
+        logger.warning(
+            "adapter.rank=%d is more than some layers are wide, whose updates have that rank at "
+            "most: %s",
+            *(rank, ", ".join(f"{name} {width}" for name, width in narrow.items())),
+        )
 
 
 def load_factors(run: TrainedRun, model: PreTrainedModel) -> None:

@@ -34,6 +34,7 @@ from matryoshka_lora.loading import (
     check_base,
     load_factors,
     read_run,
+    warn_of_narrow_layers,
 )
 from matryoshka_lora.memory import estimate, print_estimate
 from matryoshka_lora.model_checks import check_model
@@ -77,7 +78,9 @@ def run(config: Config) -> Record | None:
     tasks = load_own_and_harness_tasks(config, accelerator)
     tokens = tokenize_records(config, inputs)
     # The shape alone tells whether the targets exist, long before weights are read.
-    build_model(config, torch.device("meta"))
+    shape = build_model(config, torch.device("meta"))
+    if main:
+        warn_of_narrow_layers(shape)
     record = _start_record(config, inputs, tokens, folder, accelerator)
     tracker = make_tracker(config, inputs.run_hash, folder.path, main)
     try:

@@ -92,10 +92,7 @@ def estimate(todo: Iterable[Run], output: Path, slots: int) -> float | None:
         ]
         if run.inputs is None or not like or not (read_alike or not config["eval"]["tasks"]):
             return None
-        trainer = run.config.trainer
-        steps = total_steps(
-            len(run.inputs.train), trainer.effective_batch, trainer.epochs, trainer.max_steps
-        )
+        steps = total_steps(len(run.inputs.train), run.config.trainer)
         pace = [r.training["seconds"] / r.training["steps"] for r in like if r.training]
         total += steps * statistics.median(pace)
         total += statistics.median(read_alike) if read_alike else 0.0

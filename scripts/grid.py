@@ -19,11 +19,17 @@ import search
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from reproduce_options import AXES, CONFIGS, Options
 
 from matryoshka_lora.cli import text_of
-from matryoshka_lora.config import Config, read_config, run_hash, validate
+from matryoshka_lora.config import (
+    Config,
+    quote_texts,
+    read_config,
+    run_hash,
+    typed_config,
+    validate,
+)
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.inputs import Inputs, prepare
 from matryoshka_lora.runs.folder import RunFolder, run_path
@@ -265,10 +271,8 @@ class Planner:
         overrides = tuple(f"{key}={text}" for key, text in fixed.items())
         if overrides not in self._configs:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                node = OmegaConf.merge(OmegaConf.structured(Config), compose("train", [*overrides]))
-            config = OmegaConf.to_object(node)
-            assert isinstance(config, Config)
-            self._configs[overrides] = config
+                node = compose("train", quote_texts(overrides))
+            self._configs[overrides] = typed_config(node)
         return copy.deepcopy(self._configs[overrides])
 
     def _run(self, fixed: dict[str, str], point: dict[str, Any]) -> Run:

@@ -328,6 +328,22 @@ def test_each_layer_multiplies_its_gate(tokenizer: PreTrainedTokenizerFast) -> N
     check(model, tokenizer, jobs)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_diagonal_is_rounded_where_the_layer_rounds_it(
+    tokenizer: PreTrainedTokenizerFast, kept: bool
+) -> None:
+    model = build(tokenizer, llama()).bfloat16()
+    layers = list(adapter_layers(model).values())
+    seen: set[torch.dtype] = set()
+    for layer in layers:
+        layer.float32_diagonal = kept
+        layer.register_forward_pre_hook(lambda layer, x: seen.add(layer.p.dtype))
+    jobs = [(point, likelihood(tokenizer, 0, TEXT[:30], " 19")) for point in points(model)]
+    jobs += [(point, generation(tokenizer, 1, TEXT[:30], [], 3)) for point in points(model)]
+    list(BatchedEngine(model, tokenizer).run(jobs))
+    assert seen == {torch.float32 if kept else torch.bfloat16}
+
+
 def test_groups_leave_their_queue_when_they_are_started(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

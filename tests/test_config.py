@@ -4,23 +4,30 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from matryoshka_lora.cli import settings
+from matryoshka_lora.cli import one_line, settings
 from matryoshka_lora.config import (
     COLUMNS,
     Config,
     affecting,
     build_config,
+    check_given,
+    quote_texts,
     run_hash,
+    typed_config,
     variant,
     wanted_points,
 )
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.runs.folder import run_path
 
@@ -56,11 +63,32 @@ def test_models_choose_their_data_and_an_explicit_choice_wins(tmp_path):
     assert composed(tmp_path, "model=llama3_8b", "dataset=platypus").dataset.name == "platypus"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipes_set_the_same_keys_and_the_default_one_what_is_default(tmp_path, method):
+    given = {}
+    for name in ("default", "paper"):
+        content = OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml")
+        given[name] = {f"{s}.{key}" for s, node in content.items() for key in node}
+    assert given["paper"] == given["default"] | {"trainer.micro_batch", "eval.rules"}
+    config = composed(tmp_path, f"method={method}")
+    plain = Config()
+    for key in given["default"]:
+        assert attrgetter(key)(config) == attrgetter(key)(plain), key
+    # Those that came later leave the hashes of earlier runs as they are.
+    for key in ("adapter.float32_diagonal", "dataset.keep_masked", "trainer.round_steps"):
+        assert key not in affecting(config, "adapter")
+    paper = composed(tmp_path, f"method={method}", "recipe=paper")
+    for key in ("method.independent", "method.draw"):
+        assert (key in affecting(paper, "adapter")) == (method == "dylora")
+
+
 def test_the_papers_recipe(tmp_path):
     config = composed(tmp_path, "recipe=paper", "model=llama3_1b")
     assert (config.adapter.init, config.adapter.dtype) == ("paper", "bfloat16")
     assert (config.dataset.prompt, config.method.draw) == ("paper", "micro_batch")
     assert config.eval.rules == ["prefix"]
+    assert config.adapter.float32_diagonal and config.dataset.keep_masked
+    assert config.method.independent and config.trainer.round_steps == "up"
     assert composed(tmp_path, "recipe=paper", "adapter.init=lora").adapter.init == "lora"
 
 
@@ -103,6 +131,14 @@ def test_the_papers_recipe(tmp_path):
         ("eval.limit=0", "eval.limit=0"),
         ("eval.engine=vllm", "eval.engine=vllm is unknown"),
         ("seed=-1", "seed=-1"),
+        ("seed=18446744073709551616", "seed=18446744073709551616 must be from 0 to 2"),
+        ("adapter.rank=1000000000000", "adapter.rank=1000000000000 is above 65,536, wider than"),
+        ("trainer.lr=1e300", r"trainer.lr=1e\+300 must be a positive number of at most 1,000"),
+        ("trainer.epochs=1e300", r"trainer.epochs=1e\+300 .* at most 1,000,000,000"),
+        ("trainer.max_steps=1000000000000", "at most 1,000,000,000 or null"),
+        ("trainer.weight_decay=1e300", r"weight_decay=1e\+300 .* of at most 1 / trainer.lr = 166"),
+        ("trainer.weight_decay=-1", "trainer.weight_decay=-1.0 must be 0 or"),
+        ("trainer.round_steps=down", "trainer.round_steps=down is unknown; allowed: nearest, up"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, override, message):
@@ -114,6 +150,101 @@ def test_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written.*choose another folder"):
         composed(tmp_path, f"output_dir={tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.learning_rate=0.5", "Key 'learning_rate' not in 'TrainerConfig'"),
+        ("++trainer.lr_max=0.5", "Key 'lr_max' not in 'TrainerConfig'"),
+        ("+method.frozn=true", "Key 'frozn' not in 'MethodConfig'"),
+        ("+epochs=3", "Key 'epochs' not in 'Config'; allowed: model, dataset"),
+    ],
+)
+def test_added_keys_are_refused(tmp_path, override, message):
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed(tmp_path, override)
+    assert message in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("output_dir=20240101_1200", "output_dir='20240101_1200'"),
+        ("++output_dir=1e5", "++output_dir='1e5'"),
+        ("model.revision=1e5,main,0012", "model.revision='1e5',main,0012"),
+        ("dataset.subset=true", "dataset.subset='true'"),
+        ("model.path=null", None),
+        ("output_dir='7'", None),
+        ("output_dir=${seed}", None),
+        ("output_dir=runs/1", None),
+        ("trainer.lr=1e5", None),
+        ("seed=1_0", None),
+        ("model=llama3_8b", None),
+        ("-m", None),
+    ],
+)
+def test_a_text_stays_as_typed(given, expected):
+    assert quote_texts([given]) == [expected or given]
+
+
+def test_a_folder_named_like_a_number(tmp_path):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose("train", quote_texts(["output_dir=20240101_1200", "model.revision=1e5"]))
+    config = typed_config(node)
+    assert (config.output_dir, config.model.revision) == ("20240101_1200", "1e5")
+
+
+UNREAD = [
+    ("method=lora method.frozen=true", "method.frozen is given, but method=lora", "only dylora"),
+    ("method.weights=[1,2]", "method=matryoshka does not read it", "only dylora, nested_dropout"),
+    ("method=nested_dropout +method.normalise=mean", "does not read it", "only matryoshka"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message", "readers"), UNREAD)
+def test_settings_of_other_methods_are_refused(tmp_path, caplog, overrides, message, readers):
+    config = composed(tmp_path, *[o.lstrip("+") for o in overrides.split()])
+    with pytest.raises(UserError, match=f"{message}.*{readers}"):
+        check_given(config, overrides.split())
+    check_given(config, overrides.split(), swept=True)  # may be meant for another of the sweep
+    assert readers in caplog.text
+    check_given(config, ["recipe=paper", "experiment=table2"])  # files may set them for all
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trainer.max_tokens=9 trainer.micro_batch=8", "trainer.micro_batch=8 sizes the forwards"),
+        ("trainer.max_tokens=9", None),
+        ("eval.batch_size=8", "it is for eval.engine=hf, not batched"),
+        ("eval.batch_size=8 eval.engine=hf", None),
+        ("eval.cuda_graphs=true eval.engine=hf", "it is for eval.engine=batched, not hf"),
+        (
+            "method=nested_dropout adapter.train_ranks=[32] method.weights=[1]",
+            "there is one trained sub-rank, 32",
+        ),
+        ("method=dylora adapter.train_ranks=[8,32] method.weights=[1,2]", None),
+        ("method=dylora method.independent=true", "method.draw=step draws one rank a step"),
+        ("method=dylora method.independent=true method.draw=sample", None),
+        ("method=lora adapter.train_ranks=[1,32]", "method=lora trains R alone"),
+        ("adapter.float32_diagonal=true", "model.dtype=float32 rounds nothing"),
+        ("trainer.round_steps=up", "trainer.epochs=3 is whole"),
+        ("trainer.round_steps=up trainer.epochs=0.5", None),
+        ("tracking.project=mine", "tracking=none tracks nothing"),
+        ("tracking=wandb tracking.project=mine", None),
+        ("model.revision=v2", "the model is the embedded one"),
+        ("dataset.revision=v2 dataset.path=here", "dataset.path=here is read"),
+        ("model=llama3_8b model.revision=v2 dataset.revision=v2", None),
+        ("hydra.verbose=true +trainer.lr=1", None),
+    ],
+)
+def test_a_given_setting_that_changes_nothing_is_said(tmp_path, caplog, override, reason):
+    config = composed(tmp_path, *[o.lstrip("+") for o in override.split()])
+    check_given(config, override.split())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (reason is not None)
+    assert reason is None or said[0].endswith(f"is given, but changes nothing: {reason}")
 
 
 OTHER_VALUES = {
@@ -133,6 +264,7 @@ OTHER_VALUES = {
     "adapter.targets": ["q_proj"],
     "adapter.init": "paper",
     "adapter.dtype": "bfloat16",
+    "trainer.round_steps": "up",
     "eval.tasks": ["gsm8k:0"],
     "eval.ranks": [1, 4],
     "eval.rules": ["svd"],
@@ -162,12 +294,14 @@ def test_every_setting_changes_what_it_says(tmp_path, method):
     config = composed(tmp_path, f"method={method}", "eval.tasks=['gsm8k:3']")
     identity = ({"name": "m"}, "data")
     seen = set()
-    for effect in ("adapter", "evaluation", "fingerprint", "nothing"):
-        for key in affecting(config, effect):
+    for declared in ("adapter", "evaluation", "fingerprint", "nothing"):
+        for key in affecting(config, declared):
             if (key, method) == ("method.name", "lora"):
                 continue
             seen.add(key)
-            other = changed(config, key)
+            other, effect = changed(config, key), declared
+            if key in affecting(other, "adapter"):  # a later setting, at its default in `config`
+                effect = "adapter"
             hashes = run_hash(config, *identity) != run_hash(other, *identity)
             assert hashes == (effect == "adapter"), key
             # Only these two: R is where the ranks to read end, and validation has points.
@@ -226,6 +360,7 @@ def test_help_lists_every_setting_and_group():
         ("adapter.rnak=3", "did you mean rank"),
         ("adapter.rank=abc", "abc"),
         ("adapter.rank=0", "not a positive integer"),
+        ("method.frozen=true", "method=matryoshka does not read it, only dylora"),
     ],
 )
 def test_the_command_line_shows_one_line_and_exits_with_1(tmp_path, override, message):

@@ -105,6 +105,25 @@ def test_truncated_and_fully_masked_examples_are_counted(tokenizer):
         tokenize(RECORDS, gsm8k(max_length=5), tokenizer)
 
 
+def test_a_prompt_that_fills_the_length_is_kept_where_asked(tokenizer):
+    """As in the paper's released code, which cuts prompt and answer and keeps what is left."""
+    longer = {"question": RECORDS[0]["question"] * 9, "answer": "1"}
+    prompt = f"Question: {longer['question']}\nAnswer: "
+    length = len(tokenizer(prompt)["input_ids"]) - 3
+    config = gsm8k(max_length=length, prompt="paper", keep_masked=True)
+    examples, counts = tokenize([*RECORDS, longer], config, tokenizer)
+    assert counts == {"records": 11, "used": 11, "truncated": 1, "fully_masked": 1}
+    assert list(examples[-1].tokens) == tokenizer(prompt)["input_ids"][:length]
+    assert (examples[-1].prompt_length, examples[-1].labels) == (length, 0)
+    batch = pack([examples[-1], Example((1, 2, 3), 1)])
+    assert batch.label_rows.tolist() == [length, length + 1] and batch.labels.tolist() == [2, 3]
+    # Everything else is as without them, and only they are not enough.
+    left, _ = tokenize([*RECORDS, longer], gsm8k(max_length=length, prompt="paper"), tokenizer)
+    assert left == examples[:-1]
+    with pytest.raises(ValueError, match="none of 1 examples keeps a label"):
+        tokenize([longer], config, tokenizer)
+
+
 def test_packing():
     batch = pack([Example((1, 2, 3, 4), 2), Example((5, 6, 7), 1)])
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7]]

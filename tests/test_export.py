@@ -37,6 +37,8 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
+from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods.base import single
 from matryoshka_lora.models import model_identity
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
@@ -320,6 +322,33 @@ def test_adapter_of_another_run_is_refused(
         with pytest.raises(ValueError, match=message) as caught:
             read(folder.path)
         assert str(folder.adapter) in str(caught.value)
+
+
+def edit_method(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As somebody who changes the diagonal in a file of `methods/` after training."""
+    info = METHODS[name]
+    edited = dataclasses.replace(
+        info, build=lambda shape, settings: single(torch.linspace(5, 2, shape.rank))
+    )
+    monkeypatch.setitem(METHODS, name, edited)
+
+
+@pytest.mark.parametrize("rule", ["trained", "svd"])
+def test_a_run_keeps_the_diagonal_it_was_trained_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    run = make_run(tmp_path / "run", base, "matryoshka", "none")
+    before = load_run(run)
+    export_peft(read_run(run), 4, rule, tmp_path / "before")
+    edit_method(monkeypatch, "matryoshka")
+    after = load_run(run)
+    assert adapter_spec_of(read_run(run).config).p_full[0] == 5
+    assert after.spec == before.spec and after.spec.p_full[0] == 3 == len(TRAIN_RANKS)
+    with at_rank(before.model, 4, rule), at_rank(after.model, 4, rule):
+        assert torch.equal(logits(before.model), logits(after.model))
+    export_peft(read_run(run), 4, rule, tmp_path / "after")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
 
 
 def test_adapter_of_an_earlier_version_is_read(tmp_path: Path, base: Path) -> None:

@@ -6,8 +6,9 @@ import torch
 
 from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import read, same_as
-from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods import METHODS, Method
 
 
 def config_of(name: str, rank: int = 8, **method) -> Config:
@@ -65,6 +66,56 @@ def test_weighted_draws_are_within_one_of_their_expectation(samples):
         assert (abs(counts - samples * np.array(weights)) < 1).all()
         total += counts
     np.testing.assert_allclose(total / total.sum(), weights, atol=0.06)
+
+
+def test_independent_draws_know_nothing_of_each_other():
+    """The released code draws a rank for each forward; counts of a step then vary."""
+    config = config_of("dylora", draw="micro_batch", independent=True)
+    method = build_method(config)
+    choices = np.stack([method.choose(0, step, 32, 8).reshape(4, 8) for step in range(500)])
+    assert (choices == choices[:, :, :1]).all()  # one rank a forward
+    drawn = choices[:, :, 0]
+    np.testing.assert_allclose(np.bincount(drawn.ravel()) / drawn.size, 0.25, atol=0.04)
+    # Of four draws from four ranks, 4!/4^4 = 9 % are all different; stratified ones always are.
+    different = np.mean([len(set(row)) == 4 for row in drawn.tolist()])
+    assert different == pytest.approx(0.094, abs=0.03)
+    stratified = build_method(config_of("dylora", draw="micro_batch")).choose(0, 5, 32, 8)
+    assert sorted(stratified[::8].tolist()) == [0, 1, 2, 3]
+    # Two draws of a step are equal as often as chance has it.
+    assert np.mean(drawn[:, 0] == drawn[:, 1]) == pytest.approx(0.25, abs=0.06)
+    assert np.array_equal(method.choose(0, 7, 32, 8), method.choose(0, 7, 32, 8))
+    one = config_of("dylora", draw="step", independent=True)
+    for step in range(20):
+        expected = build_method(config_of("dylora")).choose(0, step, 32, 8)
+        assert np.array_equal(build_method(one).choose(0, step, 32, 8), expected)
+
+
+def test_diagonals_without_weights_are_all_drawn():
+    p = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 1]])
+    method = Method(diagonals=p, ranks=(1, 2, 3), p_full=p[-1], draw="sample")
+    for step in range(5):
+        assert np.bincount(method.choose(0, step, 12, None)).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"diagonals": torch.ones(3)}, r"must be \(K, R\) and p_full \(R,\), got \(3,\)"),
+        ({"p_full": torch.ones(2)}, r"got \(2, 3\) and \(2,\)"),
+        ({"p_full": torch.ones(1, 3)}, r"got \(2, 3\) and \(1, 3\)"),
+        ({"diagonals": torch.full((2, 3), torch.nan)}, "not finite"),
+        ({"p_full": torch.full((3,), torch.inf)}, "not finite"),
+        ({"ranks": (3,)}, "2 diagonals, but ranks for 1"),
+        ({"weights": (1.0,)}, "1 values for the 2"),
+        ({"weights": (1.0, -1.0)}, "must be >= 0"),
+        ({"draw": "row"}, "method.draw=row is unknown; allowed: step, micro_batch, sample"),
+    ],
+)
+def test_a_method_whose_parts_do_not_fit_is_refused(changes, message):
+    parts = {"diagonals": torch.ones(2, 3), "ranks": (1, 3), "p_full": torch.ones(3)}
+    Method(**parts)
+    with pytest.raises(UserError, match=message):
+        Method(**(parts | changes))
 
 
 def test_rules_that_are_one_function_share_a_point():

@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
-from matryoshka_lora.cli import environment_of_children
+from matryoshka_lora.cli import JOB, environment_of_children
 from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _start(job: Job, slot: Slot, script: Path, output: object) -> "subprocess.Po
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if output is None else output,  # type: ignore[call-overload]
         stderr=subprocess.STDOUT,
-        env={**environment_of_children(), "PYTHONUNBUFFERED": "1", **slot.environment},
+        env={**environment_of_children(), JOB: "1", "PYTHONUNBUFFERED": "1", **slot.environment},
     )
 
 

@@ -98,7 +98,9 @@ def add_adapters(
         base = model.get_submodule(name)
         device = next(base.parameters()).device
         p = shared.setdefault(device, p_full.to(device))
-        layer = AdapterLinear(base, p, dtype, gated=spec.gated)
+        layer = AdapterLinear(
+            base, p, dtype, gated=spec.gated, float32_diagonal=spec.float32_diagonal
+        )
         if device.type != "meta":
             bound = init_bound(init, layer.in_features, spec.rank)
             start = torch.empty(layer.lora_A.shape, dtype=torch.float32)

@@ -20,7 +20,8 @@ class AdapterLinear(nn.Linear):
     (1, tokens, R) a rank for each token of a packed row. A layer that sees the tokens flattened,
     (batch * tokens, in), takes these, too. The factors may be held in a higher precision than the
     activations; they are cast explicitly, so no autocast is needed, and under autocast they follow
-    it.
+    it. The diagonal is rounded to the activations' dtype; with `float32_diagonal` the product
+    with it is rounded instead.
 
     A plain `nn.Linear` is taken over: `weight` (out, in) and `bias` are this layer's own, so the
     names in the base model's state dict stay as they were. Any other module, such as a quantised
@@ -34,7 +35,13 @@ class AdapterLinear(nn.Linear):
     p: Tensor
 
     def __init__(
-        self, base: nn.Module, p: Tensor, dtype: torch.dtype, *, gated: bool = False
+        self,
+        base: nn.Module,
+        p: Tensor,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        float32_diagonal: bool = False,
     ) -> None:
         """p: (R,), float32. dtype: of the factors. Raises ValueError for a base without sizes."""
         nn.Module.__init__(self)
@@ -54,6 +61,7 @@ class AdapterLinear(nn.Linear):
         # Not in the state dict: it belongs to the method, not to what was learnt. And no buffer at
         # all, because compiled layers take a buffer's shape, here the number of tokens, for fixed.
         self.p = p
+        self.float32_diagonal = float32_diagonal
 
     def forward(self, x: Tensor) -> Tensor:
         if self.base is not None or torch.is_autocast_enabled(x.device.type) or x.dim() == 1:
@@ -75,7 +83,7 @@ class AdapterLinear(nn.Linear):
             p = p.expand(-1, len(x) // len(p), -1).flatten(0, 1)
         if p.dim() == 3 and x.dim() < 3:
             p = p.flatten(0, 1)
-        return h * p.to(h)
+        return (h * p).to(h.dtype) if self.float32_diagonal else h * p.to(h)
 
     def _cast(self, factor: Tensor, x: Tensor) -> Tensor:
         # Quantised bases take activations of any dtype, and autocast casts for itself.

@@ -40,7 +40,10 @@ def save_adapter(path: Path, model: nn.Module, facts: Mapping[str, Any] | None =
         name: parameter.detach().float().cpu().contiguous()
         for name, parameter in adapter_parameters(model).items()
     }
-    header = {"spec": dataclasses.asdict(adapter_spec(model)), "facts": dict(facts or {})}
+    spec = dataclasses.asdict(adapter_spec(model))
+    if not spec["float32_diagonal"]:  # as before there was a choice, so that bytes stay equal
+        del spec["float32_diagonal"]
+    header = {"spec": spec, "facts": dict(facts or {})}
     write_atomically(path, save(state, {HEADER: json.dumps(header, sort_keys=True)}))
 
 
@@ -76,7 +79,7 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     """
     asked = adapter_spec(model)
     file = read_adapter(path, asked)
-    for name in ("rank", "scaling", "gated", "method", "train_ranks"):
+    for name in ("rank", "scaling", "gated", "float32_diagonal", "method", "train_ranks"):
         wanted, found = getattr(asked, name), getattr(file.spec, name)
         if wanted != found and None not in (wanted, found) and () not in (wanted, found):
             raise UserError(

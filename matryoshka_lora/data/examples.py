@@ -21,7 +21,7 @@ class Example:
     tokens: tuple[int, ...]
     """Of prompt, answer and end of text."""
     prompt_length: int
-    """How many of the tokens are the prompt's."""
+    """How many of the tokens are the prompt's, all of them at the most."""
     record: int = 0
     """The number of the training record it was made from, counted from 1."""
 
@@ -37,9 +37,9 @@ def tokenize(
     """The examples, and the counts `records`, `used`, `truncated` and `fully_masked`.
 
     An example longer than `max_length` tokens loses its end (`truncated`); one that keeps no label
-    is left out (`fully_masked`). What the tokenizer appends to every text by itself is left out:
-    one end-of-text token ends each example. Raises UserError if no example is left, or if the
-    tokenizer has no end-of-text token.
+    (`fully_masked`) is left out unless the config keeps it. What the tokenizer appends to every
+    text by itself is left out: one end-of-text token ends each example. Raises UserError if no
+    example has a label, or if the tokenizer has no end-of-text token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -62,13 +62,12 @@ def tokenize(
         whole = [[*p, *a] for p, a in zip(prompts, apart, strict=True)]
     examples, truncated, masked = [], 0, 0
     for number, (prompt_ids, whole_ids) in enumerate(zip(prompts, whole, strict=True), 1):
-        tokens = (*whole_ids, eos)
-        truncated += len(tokens) > config.max_length
-        example = Example(tokens[: config.max_length], len(prompt_ids), number)
-        if example.labels > 0:
+        truncated += len(whole_ids) + 1 > config.max_length
+        tokens = (*whole_ids, eos)[: config.max_length]
+        example = Example(tokens, min(len(prompt_ids), len(tokens)), number)
+        masked += example.labels == 0
+        if example.labels or config.keep_masked:
             examples.append(example)
-        else:
-            masked += 1
     counts = {
         "records": len(records),
         "used": len(examples),
@@ -76,10 +75,11 @@ def tokenize(
         "fully_masked": masked,
     }
     logger.info(
-        "%d records: %d used, %d truncated to %d tokens, %d left out because no label remained",
+        "%d records: %d used, %d truncated to %d tokens, %d %s no label remained",
         *(len(records), len(examples), truncated, config.max_length, masked),
+        "kept although" if config.keep_masked else "left out because",
     )
-    if not examples:
+    if masked == len(records):
         raise UserError(
             f"none of {len(records)} examples keeps a label within "
             f"dataset.max_length={config.max_length} tokens; raise it"

@@ -18,11 +18,29 @@ RANK_STREAM = 1
 DRAWS = ("step", "micro_batch", "sample")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a method's settings, with its meaning, which `python train.py --help` shows."""
+def setting(
+    default: Any,
+    help: str,
+    *,
+    later: bool = False,
+    idle: Callable[["AdapterShape", Any], str | None] = lambda shape, settings: None,
+) -> Any:
+    """A field of a method's settings, with its meaning, which `python train.py --help` shows.
+
+    later: it came when there were runs of the method; see `config.setting`. idle: why it cannot
+    change anything beside the method's other settings; None where it can.
+    """
+    metadata = {"help": help, "later": later, "idle": idle}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def nothing_to_draw(shape: "AdapterShape", settings: Any) -> str | None:
+    """`idle` of a setting that says how trained sub-ranks are drawn."""
+    if len(shape.train_ranks) > 1:
+        return None
+    return f"there is one trained sub-rank, {shape.train_ranks[0]}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ class Method:
     """The odds of each choice, length K; None: all alike."""
     draw: str = "step"
     """What shares one choice: an optimizer step, a micro-batch or a single sample."""
+    independent: bool = False
+    """Whether the draws of a step know nothing of each other; else they are stratified."""
     trains_prefixes: bool = False
     """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
     gated: bool = False
@@ -90,7 +110,7 @@ class Method:
 
         A pure function of its arguments, so it does not depend on how processes and forwards split
         the batch. Systematic sampling on the weights, then shuffled: the counts of the draws of a
-        step differ from their expectation by less than one.
+        step differ from their expectation by less than one. Not so where they are `independent`.
         """
         if len(self.ranks) == 1:
             return np.zeros(samples, dtype=np.int64)
@@ -98,7 +118,10 @@ class Method:
         assert share is not None, "checked by config.validate"
         draws = -(-samples // share)
         generator = np.random.default_rng([seed, step, RANK_STREAM])
-        points = (np.arange(draws) + generator.random()) / draws
+        if self.independent:
+            points = generator.random(draws)
+        else:
+            points = (np.arange(draws) + generator.random()) / draws
         weights = np.ones(len(self.ranks)) if self.weights is None else self.weights
         odds = np.cumsum(weights) / np.sum(weights)
         chosen = generator.permutation(np.searchsorted(odds, points, side="right"))

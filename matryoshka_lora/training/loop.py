@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.methods import Method
 from matryoshka_lora.training.checkpoints import Checkpoints, TrainingState
@@ -53,9 +54,7 @@ def fit(
     """
     settings = config.trainer
     check_effective_batch(settings.effective_batch, accelerator.num_processes, settings.micro_batch)
-    steps = total_steps(
-        len(examples), settings.effective_batch, settings.epochs, settings.max_steps
-    )
+    steps = total_steps(len(examples), settings)
     parameters = adapter_parameters(model)
     device = next(iter(parameters.values())).device
     optimizer = torch.optim.AdamW(
@@ -88,6 +87,11 @@ def fit(
             choice = method.choose(config.seed, step, len(ids), settings.micro_batch)
             one_for_all = bool((choice == choice[0]).all())
             label_tokens = sum(example.labels for example in batch)
+            if not label_tokens:
+                raise UserError(
+                    f"no sample of step {step + 1} has a label; raise trainer.effective_batch="
+                    f"{settings.effective_batch} or set dataset.keep_masked=false"
+                )
 
             loss = torch.zeros((), dtype=torch.float32, device=device)
             for positions, weight in forwards_of_process(batch, settings, accelerator):

@@ -179,7 +179,8 @@ class Run:
         points = list(dict.fromkeys(point for point, _ in jobs))
         # A product with a gate is rounded after it, not before.
         wide = torch.promote_types(self.model.dtype, torch.float32)
-        dtype = wide if factors.gated else self.model.dtype
+        rounded_after = factors.gated or any(x.float32_diagonal for x in factors.layers)
+        dtype = wide if rounded_after else self.model.dtype
         self.table = DiagonalTable(factors.layers, points, self.device, dtype)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.scheduler = Scheduler(
