@@ -2,7 +2,9 @@
 
 Both can be read without this package. A sub-rank of a nested adapter is a LoRA of that rank: the
 first r rows of A, the first r columns of B and one number, which PEFT writes as `lora_alpha` over r
-(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it.
+(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it. Where each layer has
+a rank of its own, PEFT's `rank_pattern` and `alpha_pattern` say so, and a layer of rank 0 is left
+out.
 """
 
 import dataclasses
@@ -10,7 +12,6 @@ import json
 import logging
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import UserError, nearest
-from matryoshka_lora.core.rules import RULES, read
+from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
 from matryoshka_lora.loading import TrainedRun, check_base, read_factors
 from matryoshka_lora.models import (
     DTYPES,
@@ -48,17 +49,21 @@ PEFT_SCALE = {
 
 @dataclasses.dataclass(frozen=True)
 class SubRank:
-    """The update `scale * B A` of each layer: A (r, in), B (out, r), one scale for all of them."""
+    """The update `s_r B A` of each layer: A (r, in), B (out, r), r its own rank."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
+    """Those of layers whose rank is 0 are left out."""
     scaling: str
     """Which `s_r` the scale is: "none", "sqrt" or "rank"."""
+    uniform: bool
+    """Whether all layers have the rank that was asked for."""
 
 
 def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     """The factors that `rule` reads at `rank`, in float32.
 
-    Raises UserError for an unknown rank or rule, and where the adapter file is not the run's.
+    Raises UserError for an unknown rank or rule, one that the adapter cannot be read by, where the
+    adapter file is not the run's, and where it is zero in all layers.
     """
     if rule not in RULES:
         raise UserError(
@@ -73,34 +78,41 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
             "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
         )
     file = read_factors(run)
-    reading = read(file.spec, rank, rule)
-    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, parameter in file.state.items():
-        layer, _, role = name.rpartition(".")
-        layers[layer][role] = parameter
+    reading = read(file.view, rank, rule)
+    uniform = isinstance(reading.p, Tensor)
     found, diagonals = {}, {}
-    for name in sorted(layers):
-        read_here = factors_of(layers[name], file.spec, reading.factors)
-        gate = read_here.get("lora_gate")
-        diagonals[name] = (reading.p if gate is None else reading.p * gate)[:rank]
-        # Copies: a slice of B is not contiguous, and safetensors refuses views of one tensor.
+    for name, trained in sorted(file.layers.items()):
+        read_here = factors_of(trained, file.spec, reading.factors)
+        own = reading.p if isinstance(reading.p, Tensor) else reading.p[name]
+        p = own * read_here["lora_gate"] if "lora_gate" in read_here else own
+        # The first r, some of which may be zero; others only where the rule reads others.
+        taken = torch.arange(rank) if uniform and not p[rank:].any() else p.nonzero()[:, 0]
+        if uniform and len(taken) > rank:
+            raise UserError(f"rule={rule} reads {len(taken)} components at rank {rank}")
+        if not len(taken):
+            continue
+        diagonals[name] = p[taken]
+        # Copies: a part of B is not contiguous, and safetensors refuses views of one tensor.
         found[name] = (
-            read_here["lora_A"][:rank].contiguous().clone(),
-            read_here["lora_B"][:, :rank].contiguous().clone(),
+            read_here["lora_A"][taken].contiguous(),
+            read_here["lora_B"][:, taken].contiguous(),
         )
+    if not found:
+        raise UserError(f"nothing to export: the adapter of {run.folder.path} is zero everywhere")
     # A diagonal of one number, the same in all layers, is a scale of PEFT's.
     for scaling in PEFT_SCALE:
-        p = prefix_diagonal(rank, rank, scaling)
-        if all(torch.equal(own, p) for own in diagonals.values()):
-            return SubRank(found, scaling)
+        if all(
+            torch.equal(own, prefix_diagonal(len(own), len(own), scaling))
+            for own in diagonals.values()
+        ):
+            return SubRank(found, scaling, uniform)
     multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
-    return SubRank(multiplied, "none")
+    return SubRank(multiplied, "none", uniform)
 
 
 def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
-    """Whether the rank is in S; None where the rule reads the SVD, which is valid at every rank."""
-    factors = read(run.spec, rank, rule).factors
-    return None if factors == "svd" else rank in run.config.train_ranks
+    """Whether the rank is in S; None where the rule is valid at every rank."""
+    return rank in run.config.train_ranks if depends_on_trained_ranks(rank, rule) else None
 
 
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
@@ -132,6 +144,11 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
         }
         if rslora:
             content["use_rslora"] = True
+        if not sub.uniform:
+            ranks = {name: len(A) for name, (A, _) in sub.factors.items()}
+            content["target_modules"] = sorted(ranks)
+            content["rank_pattern"] = ranks
+            content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
         (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
         if base is not None:
             _check_peft(run, base, state, folder)
@@ -217,11 +234,11 @@ def export_merged(
         tokenizer = load_tokenizer(run.config.model)
         check_base(run)
         model = load_model(run.config.model, torch.device(device))
-        scale = sub_rank_scale(rank, sub.scaling)
         for name, (A, B) in sub.factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), name
             _check_untied(model, name)
+            scale = sub_rank_scale(len(A), sub.scaling)
             update = scale * (B.to(layer.weight.device) @ A.to(layer.weight.device))
             merged = (layer.weight.float() + update).to(DTYPES[dtype])
             layer.weight = nn.Parameter(merged, requires_grad=False)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, build_method, wanted_points
-from matryoshka_lora.core.adapter import adapter_spec
+from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.core.storage import save_adapter
@@ -141,11 +141,12 @@ def train(
 ) -> None:
     """Train the adapter of `model`, save it and write the training's summary to the record."""
     logger.info("training %s in %s", config.method.name, folder.path)
+    method = build_method(config)
     try:
         record.training = fit(
             model,
             examples,
-            build_method(config),
+            method,
             config,
             folder.path,
             accelerator,
@@ -157,6 +158,7 @@ def train(
             f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
             "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
         ) from error
+    set_importance(model, method.hooks.importance())
     if accelerator.is_main_process:
         save_adapter(folder.adapter, model, adapter_facts(inputs.model, inputs.run_hash))
         record.status = "evaluating"
@@ -182,7 +184,7 @@ def evaluate(
     main = accelerator.is_main_process
     sharded = is_sharded(accelerator)
     plan = plan_points(
-        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+        adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
     facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
     spent, began = facts["seconds"], time.monotonic()
