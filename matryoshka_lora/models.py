@@ -1,8 +1,8 @@
 """Base model and tokenizer: the embedded one, a local folder, the hub, or random weights."""
 
-import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from matryoshka_lora.config import ModelConfig, short_name
+from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ EMBEDDED = ASSETS / "tiny"
 # Model shapes for random weights where the hub cannot be reached: facts of the public configs.
 SHAPES = ASSETS / "shapes"
 PROVENANCE = "provenance.json"
+"""How a local folder was made."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,7 +67,7 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(_unreachable(config, source, error)) from None
+        raise ValueError(unreachable(config, source, error)) from None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -78,7 +80,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if config.random_weights:
             logger.warning("tokenizer of %s is out of reach: the embedded one is used", source)
             return AutoTokenizer.from_pretrained(EMBEDDED)
-        raise ValueError(_unreachable(config, source, error)) from None
+        raise ValueError(unreachable(config, source, error)) from None
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -99,17 +101,22 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     else:
         source = source_of(config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
                 revision=config.revision,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
+                # It would fail with a traceback of shapes; without them it tells which.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(_unreachable(config, source, error)) from None
-        model = model.to(device)  # type: ignore[arg-type]
+            raise ValueError(unreachable(config, source, error)) from None
+        model, found = loaded
+        _check_weights(source, found)
+        model = model.to(device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -119,54 +126,26 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
+def _check_weights(source: str, found: Mapping[str, Any]) -> None:
+    """Raises UserError where weights that the shape announces would be random.
+
+    Weights that have no place in the shape are named by transformers itself.
+    """
+    problems = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
+    for what, entries in problems.items():
+        if entries:
+            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+            raise UserError(
+                f"model {source}: {len(names)} weights that its config.json announces are {what}, "
+                f"such as {names[0]}; restore weights and config.json of one model"
+            )
+
+
+def unreachable(config: ModelConfig, source: str, error: Exception) -> str:
+    """Why a model cannot be read, and what to do."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
         f"model {source} (revision {config.revision}) cannot be read: {reason} If the repository "
         f"is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; "
         f"for a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
     )
-
-
-def model_identity(config: ModelConfig) -> dict[str, Any]:
-    """What tells this base model from another, without loading its weights.
-
-    `config_sha256` of the shape and `weights_sha256` of the safetensors (local folders),
-    `revision`: the commit that the hub resolved, `provenance`: how a local folder was made. No
-    paths, so that the identity is the same on every machine.
-    """
-    identity: dict[str, Any] = {
-        "name": config.name,
-        "random_weights": config.random_weights,
-        "revision": None,
-        "config_sha256": None,
-        "weights_sha256": None,
-        "provenance": None,
-    }
-    if config.path is None and config.name != "tiny":
-        # The shape files hold no commit; a repository that was really read does.
-        identity["revision"] = getattr(load_shape(config), "_commit_hash", None)
-        return identity
-    folder = Path(source_of(config))
-    content = json.loads((folder / "config.json").read_text())
-    content.pop("transformers_version", None)
-    identity["config_sha256"] = hashlib.sha256(
-        json.dumps(content, sort_keys=True).encode()
-    ).hexdigest()
-    if not config.random_weights:
-        identity["weights_sha256"] = _header_hash(folder)
-    if (folder / PROVENANCE).is_file():
-        identity["provenance"] = json.loads((folder / PROVENANCE).read_text())
-    return identity
-
-
-def _header_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(length))
-            # The first weights tell two trainings of one shape apart at no cost.
-            digest.update(file.read(1 << 20))
-        digest.update(str(path.stat().st_size).encode())
-    return digest.hexdigest()

@@ -374,7 +374,8 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         config = build_config(node)
         accelerator = make_accelerator()
         ceiling = matmul_rate(accelerator.device, DTYPES[config.model.dtype])
-        tasks = load_own_and_harness_tasks(config, accelerator)
+        loaded = load_own_and_harness_tasks(config, accelerator)
+        tasks = [task for of_entry in loaded.values() for task in of_entry]
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
         load_adapter(files.adapter, model)
