@@ -23,6 +23,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.models import (
     PROVENANCE,
+    has_shape_file,
     load_shape,
     load_tokenizer,
     source_of,
@@ -56,8 +57,9 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
     }
     source = Path(source_of(config))
     if config.path is None and config.name != "tiny":
-        # The shape files hold no commit; a repository that was really read does.
-        identity["revision"] = getattr(load_shape(config), "_commit_hash", None)
+        if not has_shape_file(config):  # which is of no commit
+            load_shape(config)  # from now on the hub's config.json is in its cache
+            identity["revision"] = _cached_commit(config)
         if not config.random_weights:
             identity["weights"] = _digest_of(_hub_weights(config, identity["revision"]))
         return identity
@@ -83,12 +85,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def generation_digest(config: ModelConfig) -> str:
     """sha256 over the base's generation config, which has a say in what an evaluation generates."""
-    options: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
     try:
-        generation = GenerationConfig.from_pretrained(source_of(config), **options)
+        generation = GenerationConfig.from_pretrained(source_of(config), revision=config.revision)
     except OSError:  # it has none of its own; transformers then makes one from the shape
         generation = GenerationConfig.from_model_config(load_shape(config))
     content = generation.to_diff_dict()
@@ -119,6 +117,12 @@ def file_sha256(path: Path) -> str:
         except OSError as error:  # it is read again the next time
             logger.debug("%s", error)
     return digest
+
+
+def _cached_commit(config: ModelConfig) -> str | None:
+    """The commit that the revision stands for; transformers has stopped to tell it."""
+    found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _hub_weights(config: ModelConfig, commit: str | None) -> dict[str, str]:

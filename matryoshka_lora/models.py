@@ -53,14 +53,18 @@ def source_of(config: ModelConfig) -> str:
     return str(EMBEDDED) if config.name == "tiny" else config.name
 
 
+def has_shape_file(config: ModelConfig) -> bool:
+    """Whether the shape is read from a file of this package."""
+    return config.random_weights and config.path is None and _shape_file(config).is_file()
+
+
 def load_shape(config: ModelConfig) -> PretrainedConfig:
     """The model's transformers config.
 
     Raises ValueError that says how to get access, or to use a local copy, where it cannot be read.
     """
-    shape = SHAPES / f"{short_name(config.name)}.json"
-    if config.random_weights and config.path is None and shape.is_file():
-        return AutoConfig.for_model(**json.loads(shape.read_text()))
+    if has_shape_file(config):
+        return AutoConfig.for_model(**json.loads(_shape_file(config).read_text()))
     source = source_of(config)
     try:
         return AutoConfig.from_pretrained(
@@ -124,6 +128,10 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The repeated blocks of a causal language model: its longest list of modules."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def _shape_file(config: ModelConfig) -> Path:
+    return SHAPES / f"{short_name(config.name)}.json"
 
 
 def _check_weights(source: str, found: Mapping[str, Any]) -> None:

@@ -273,7 +273,8 @@ def _is_complete(record: Record, own: Config) -> bool:
 def report(record: Record, folder: RunFolder) -> Path | None:
     """Print the rank-accuracy table, write table and plot beside the record, name the files.
 
-    Returns the plot as PNG, or None where the record has no rows for one.
+    Returns the plot as PNG, or None where the record has no rows for one or nothing can be written:
+    a finished run is shown on a disk that is only read, too.
     """
     tables = run_tables(record)
     print(f"\n{format_run_table(record)}\n")
@@ -281,8 +282,12 @@ def report(record: Record, folder: RunFolder) -> Path | None:
         return None
     files = (folder.record, folder.adapter, folder.config, folder.train_log, folder.samples)
     paths = [path for path in files if path.exists()]
-    paths += write_tables(tables, folder.table, title=record.name)
-    figures = plot_tables(tables, folder.plot)
+    try:
+        paths += write_tables(tables, folder.table, title=record.name)
+        figures = plot_tables(tables, folder.plot)
+    except OSError as error:
+        logger.warning("table and plot are not written: %s", error)
+        return None
     print("wrote", *(str(path) for path in [*paths, *figures]), sep="\n  ", flush=True)
     return next(path for path in figures if path.suffix == ".png")
 

@@ -112,8 +112,9 @@ def tidy_frame(
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
-    Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called,
-    all missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not measured), all other columns are objects.
+    Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called, all
+    missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not
+    measured), all other columns are objects.
 
     planned: resolved configs of all runs that there should be; one that has a record is that
     record. They are taken to train on the same content as the records of the same settings.
