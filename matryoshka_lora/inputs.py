@@ -76,7 +76,9 @@ def tokenize_records(config: Config, inputs: Inputs) -> Tokens:
     """Load the tokenizer and tokenize the records to train on and those held out."""
     tokenizer = load_tokenizer(config.model)
     train, counts = tokenize(inputs.train, config.dataset, tokenizer)
-    held_out = tokenize(inputs.held_out, config.dataset, tokenizer)[0] if inputs.held_out else []
+    # An example without a label measures no loss.
+    labelled = dataclasses.replace(config.dataset, keep_masked=False)
+    held_out = tokenize(inputs.held_out, labelled, tokenizer)[0] if inputs.held_out else []
     embedded = tokenizer.name_or_path == str(EMBEDDED)
     name = "embedded" if embedded else short_name(tokenizer.name_or_path)
     return Tokens(tokenizer, train, held_out, counts | {"tokenizer": name}, embedded)

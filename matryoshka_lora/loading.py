@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, adapter_spec_of, read_config
-from matryoshka_lora.core.adapter import adapter_spec, add_adapters
+from matryoshka_lora.config import Config, adapter_spec_of, build_method, read_config
+from matryoshka_lora.core.adapter import (
+    adapter_layers,
+    adapter_parameters,
+    adapter_spec,
+    add_adapters,
+)
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
 from matryoshka_lora.identity import model_identity
-from matryoshka_lora.models import DTYPES, load_model, load_tokenizer
+from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, other_modalities
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -134,8 +139,27 @@ def build_model(config: Config, device: torch.device) -> PreTrainedModel:
         init=config.adapter.init,
         dtype=DTYPES[config.adapter.dtype],
         seed=config.seed,
+        without=other_modalities(model),
     )
+    if device.type != "meta":
+        build_method(config).hooks.initialise(adapter_parameters(model), config.seed)
     return model
+
+
+def warn_of_narrow_layers(model: PreTrainedModel) -> None:
+    """Name the adapted layers that are narrower than R, whose updates cannot have rank R."""
+    rank = adapter_spec(model).rank
+    narrow = {
+        name.rpartition(".")[2]: min(layer.in_features, layer.out_features)
+        for name, layer in adapter_layers(model).items()
+        if min(layer.in_features, layer.out_features) < rank
+    }
+    if narrow:
+        logger.warning(
+            "adapter.rank=%d is more than some layers are wide, whose updates have that rank at "
+            "most: %s",
+            *(rank, ", ".join(f"{name} {width}" for name, width in narrow.items())),
+        )
 
 
 def load_factors(run: TrainedRun, model: PreTrainedModel) -> None:

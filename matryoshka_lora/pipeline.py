@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import VALIDATION, Config, build_method, wanted_points
-from matryoshka_lora.core.adapter import adapter_spec
+from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import check_writable, write_atomically
 from matryoshka_lora.core.storage import save_adapter
@@ -21,7 +22,7 @@ from matryoshka_lora.data.examples import Example
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.held_out import held_out_rows
-from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.evaluation.sweep import Source, run_sweep
@@ -34,8 +35,10 @@ from matryoshka_lora.loading import (
     check_base,
     load_factors,
     read_run,
+    warn_of_narrow_layers,
 )
 from matryoshka_lora.memory import estimate, print_estimate
+from matryoshka_lora.model_checks import check_model
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.processes import (
     build_adapted_model,
@@ -91,12 +94,15 @@ def run(config: Config) -> Record | None:
         check_writable(Path(config.output_dir), "output_dir", "choose another folder")
     tokens = tokenize_records(config, inputs)
     # The shape alone tells whether the targets exist, long before weights are read.
-    build_model(config, torch.device("meta"))
+    shape = build_model(config, torch.device("meta"))
+    if main:
+        warn_of_narrow_layers(shape)
     with locked(folder, main), replacing(folder, config.force and main) as has_begun:
         record = _start_record(config, inputs, tokens, folder, accelerator)
         tracker = make_tracker(config, record.run_hash, folder.path, main)
         try:
             model = build_adapted_model(config, accelerator)
+            lm = check_model(config, model, tokens, flat(tasks), accelerator)
             if is_trained(folder, record):
                 logger.info("training is finished; reading %s", folder.adapter)
                 load_factors(read_run(folder.path), model)
@@ -104,7 +110,7 @@ def run(config: Config) -> Record | None:
                 train(config, model, tokens.train, record, folder, accelerator, tracker, has_begun)
             evaluate(
                 *(config, model, tokens.tokenizer, tasks, tokens.held_out, fingerprints),
-                *(record, folder, accelerator),
+                *(record, folder, accelerator, lm),
             )
             if main:
                 record.status, record.error = "finished", None
@@ -165,6 +171,7 @@ def train(
     has_begun: called after the first step.
     """
     logger.info("training %s in %s", config.method.name, folder.path)
+    method = build_method(config)
     phase = new_phase("training", accelerator.num_processes)
     record.phases.append(phase)
 
@@ -177,7 +184,7 @@ def train(
 
     try:
         record.training = fit(
-            *(model, examples, build_method(config), config, folder.path, accelerator),
+            *(model, examples, method, config, folder.path, accelerator),
             on_step=on_step,
         )
     except torch.OutOfMemoryError as error:
@@ -186,6 +193,7 @@ def train(
             f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
             "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
         ) from error
+    set_importance(model, method.hooks.importance())
     if accelerator.is_main_process:
         save_adapter(folder.adapter, model, adapter_facts(record.model, record.run_hash))
         record.status = "evaluating"
@@ -203,14 +211,16 @@ def evaluate(
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
+    lm: HFLM | None = None,
 ) -> None:
     """Add the rows of every point that is missing to `record`, saving it after each point.
 
     fingerprints: of the content behind `tasks` and `held_out`, as `wanted_points` takes them.
+    lm: what `check_model` returned.
     """
     main, sharded = accelerator.is_main_process, is_sharded(accelerator)
     plan = plan_points(
-        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+        adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
     settings = dataclasses.asdict(config.eval)
     phase = new_phase("evaluation", accelerator.num_processes, settings=settings)
@@ -236,12 +246,11 @@ def evaluate(
         )
         if main:
             additions.add(rows, computed=True)
-    flat = [task for of_entry in tasks.values() for task in of_entry]
-    if flat:
+    if tasks:
         run_sweep(
             model,
             tokenizer,
-            flat,
+            flat(tasks),
             plan,
             make_engine(
                 config.eval.engine,
@@ -253,13 +262,14 @@ def evaluate(
             ),
             folder.samples,
             identity=record.run_hash,
+            lm=lm,
             processes=accelerator,
             lockstep=sharded,
             on_point=on_point,
         )
     if main:
         truncated = dict((record.evaluation or {}).get("truncated_prompts", {}))
-        truncated |= {f"{task.name}:{task.shots}": task.truncated for task in flat}
+        truncated |= {f"{task.name}:{task.shots}": task.truncated for task in flat(tasks)}
         additions.finish(wanted_points(config, fingerprints), truncated_prompts=truncated)
 
 

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from matryoshka_lora.cli import option, other_keys, run_script
-from matryoshka_lora.config import Config, build_config
+from matryoshka_lora.config import Config, build_config, check_given, quote_texts
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.pipeline import evaluate_run
 from matryoshka_lora.runs.folder import RECORD
@@ -51,13 +51,16 @@ def main(options: Options) -> None:
     if not (folder / RECORD).is_file():
         raise UserError(f"run={folder} holds no {RECORD}, so it is no folder of a run")
     record = read_record(folder / RECORD)
+    overrides = quote_texts(f"{key}={text}" for key, text in options.overrides.items())
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        chosen = compose("train", [f"{key}={text}" for key, text in options.overrides.items()])
+        chosen = compose("train", overrides)
     node = OmegaConf.create(record.config)
     for key in sorted(options.overrides):  # the group before its keys
         # A group replaces the run's own evaluation, a single key only itself.
         OmegaConf.update(node, key, OmegaConf.select(chosen, key), merge=False)
-    evaluate_run(folder, build_config(node))
+    config = build_config(node)
+    check_given(config, overrides)
+    evaluate_run(folder, config)
 
 
 if __name__ == "__main__":

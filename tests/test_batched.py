@@ -29,7 +29,7 @@ from matryoshka_lora.core.adapter import (
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
-from matryoshka_lora.core.rules import read
+from matryoshka_lora.core.rules import AdapterView, read
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.batched import attention_trial
@@ -134,7 +134,7 @@ def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
     if factors == "svd":
         pairs = [(rank, "svd") for rank in (1, 2, 3)]
     return [Point(0, "base", factors, torch.zeros(RANK))] + [
-        Point(rank, rule, factors, read(spec, rank, rule).p) for rank, rule in pairs
+        Point(rank, rule, factors, read(AdapterView(spec), rank, rule).p) for rank, rule in pairs
     ]
 
 
@@ -288,8 +288,8 @@ def test_ranks_that_are_left_out_are_zero_in_the_diagonal() -> None:
     for row, rank in enumerate((0, 1, 8, 9, 17, 20)):
         table[row, :rank] = 2.0
     table[1, 0], table[4, 3] = -1.0, 0.0
-    assert live_ranks(table).tolist() == [8, 8, 8, 16, 20, 20]
-    assert live_ranks(table[:3, :4]).tolist() == [4, 4, 4]
+    assert live_ranks(table[None]).tolist() == [8, 8, 8, 16, 20, 20]
+    assert live_ranks(table[None, :3, :4]).tolist() == [4, 4, 4]
 
 
 def test_parameters_are_narrowed_along_their_rank(model: PreTrainedModel) -> None:
@@ -326,6 +326,22 @@ def test_each_layer_multiplies_its_gate(tokenizer: PreTrainedTokenizerFast) -> N
     requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(3))]
     jobs = [(point, request) for point in points(model) for request in requests]
     check(model, tokenizer, jobs)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_diagonal_is_rounded_where_the_layer_rounds_it(
+    tokenizer: PreTrainedTokenizerFast, kept: bool
+) -> None:
+    model = build(tokenizer, llama()).bfloat16()
+    layers = list(adapter_layers(model).values())
+    seen: set[torch.dtype] = set()
+    for layer in layers:
+        layer.float32_diagonal = kept
+        layer.register_forward_pre_hook(lambda layer, x: seen.add(layer.p.dtype))
+    jobs = [(point, likelihood(tokenizer, 0, TEXT[:30], " 19")) for point in points(model)]
+    jobs += [(point, generation(tokenizer, 1, TEXT[:30], [], 3)) for point in points(model)]
+    list(BatchedEngine(model, tokenizer).run(jobs))
+    assert seen == {torch.float32 if kept else torch.bfloat16}
 
 
 def test_groups_leave_their_queue_when_they_are_started(

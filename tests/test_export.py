@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -32,10 +33,13 @@ from matryoshka_lora.core.adapter import (
     add_adapters,
     at_rank,
 )
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
+from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods.base import single
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
@@ -150,10 +154,62 @@ def test_peft_config_is_exact(
     run = read_run(make_run(tmp_path / "run", base, "matryoshka", scaling))
     export_peft(run, 4, rule, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, alpha, rslora)
+    assert (written["r"], written["lora_alpha"]) == (4, alpha)
+    # All that differs from PEFT's defaults, and nothing else: earlier versions refuse new keys.
+    keys = "peft_type task_type base_model_name_or_path inference_mode r lora_alpha target_modules"
+    assert written.keys() == {*keys.split(), *(["use_rslora"] if rslora else [])}
+    assert written.get("use_rslora", False) == rslora
     assert isinstance(written["lora_alpha"], int)
     assert sorted(written["target_modules"]) == sorted(TARGETS)
     assert written["base_model_name_or_path"] == str(base)
+
+
+def test_peft_that_cannot_carry_an_adapter_is_refused(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "base"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "glm4_moe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    run = read_run(make_run(tmp_path / "run", folder, "lora", "none", ["gate_proj", "down_proj"]))
+    # PEFT takes these names for those of its fused experts and drops the layers.
+    with pytest.raises(UserError, match="PEFT cannot carry this adapter .*use format=merged"):
+        export_peft(run, 2, "prefix", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_merged(run, 2, "prefix", tmp_path / "merged")
+    model = adapted(run.config, folder)
+    load_adapter(run.folder.adapter, model)
+    with at_rank(model, 2, "prefix"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_export_without_peft_says_that_it_was_not_checked(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_peft(read_run(run), 2, "prefix", tmp_path / "with")
+    assert not caplog.records
+    monkeypatch.setitem(sys.modules, "peft", None)
+    export_peft(read_run(run), 2, "prefix", tmp_path / "without")
+    assert "not checked that PEFT can read this: peft is not installed" in caplog.text
+    assert (
+        len({(tmp_path / n / "adapter_config.json").read_bytes() for n in ("with", "without")}) == 1
+    )
 
 
 @pytest.mark.parametrize("rule", ["prefix", "trained", "svd"])
@@ -263,6 +319,33 @@ def test_adapter_of_another_run_is_refused(
         with pytest.raises(ValueError, match=message) as caught:
             read(folder.path)
         assert str(folder.adapter) in str(caught.value)
+
+
+def edit_method(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As somebody who changes the diagonal in a file of `methods/` after training."""
+    info = METHODS[name]
+    edited = dataclasses.replace(
+        info, build=lambda shape, settings: single(torch.linspace(5, 2, shape.rank))
+    )
+    monkeypatch.setitem(METHODS, name, edited)
+
+
+@pytest.mark.parametrize("rule", ["trained", "svd"])
+def test_a_run_keeps_the_diagonal_it_was_trained_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    run = make_run(tmp_path / "run", base, "matryoshka", "none")
+    before = load_run(run)
+    export_peft(read_run(run), 4, rule, tmp_path / "before")
+    edit_method(monkeypatch, "matryoshka")
+    after = load_run(run)
+    assert adapter_spec_of(read_run(run).config).p_full[0] == 5
+    assert after.spec == before.spec and after.spec.p_full[0] == 3 == len(TRAIN_RANKS)
+    with at_rank(before.model, 4, rule), at_rank(after.model, 4, rule):
+        assert torch.equal(logits(before.model), logits(after.model))
+    export_peft(read_run(run), 4, rule, tmp_path / "after")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
 
 
 def test_adapter_of_an_earlier_version_is_read(tmp_path: Path, base: Path) -> None:

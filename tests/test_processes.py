@@ -139,7 +139,7 @@ for kind in ("whole", "batched", "hf"):
         engine = HFEngine(model, tokenizer, 4)
     else:
         engine = BatchedEngine(model, tokenizer, lockstep=lockstep)
-    plan = plan_points(tiny_lm.spec(), [2, 4], ["prefix", "svd"], [1, 2, 4])
+    plan = plan_points(tiny_lm.view(), [2, 4], ["prefix", "svd"], [1, 2, 4])
     rows = run_sweep(
         model, tokenizer, tasks, plan, engine, Path(sys.argv[2]) / kind,
         processes=accelerator, lockstep=lockstep,

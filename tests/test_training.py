@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
-from matryoshka_lora.config import Config, adapter_spec_of, build_method
+from matryoshka_lora.config import Config, TrainerConfig, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
@@ -417,6 +418,23 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path, damage, message):
     assert torch.equal(factors(model), before)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_examples_without_a_label_take_places_and_change_no_loss(tmp_path, packed):
+    """As the released code keeps them: a batch has fewer labels, a forward may have none."""
+    masked = [Example(tuple(range(10 + n)), 10 + n) for n in range(4)]
+    labelled = make_examples(4)
+    config = make_config(packed=packed, effective_batch=8, micro_batch=1, max_steps=1)
+    _, (mixed,), _ = train(tmp_path / "mixed", config, examples=[*labelled, *masked])
+    config = make_config(packed=packed, effective_batch=4, micro_batch=1, max_steps=1)
+    _, (alone,), _ = train(tmp_path / "alone", config, examples=labelled)
+    assert mixed["label_tokens"] == alone["label_tokens"]
+    assert mixed["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert mixed["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
+    config = make_config(effective_batch=1)
+    with pytest.raises(UserError, match="no sample of step 1 has a label; raise trainer.effect"):
+        train(tmp_path / "none", config, examples=masked)
+
+
 def test_the_base_is_untouched_and_the_loss_falls(tmp_path):
     config = make_config(max_steps=40, epochs=40, lr=0.03)
     model, rows, summary = train(tmp_path, config, examples=make_examples(8))
@@ -664,8 +682,15 @@ def test_every_sample_is_used_once_an_epoch():
         seen = np.concatenate([batch_ids(3, step, 50, 8) for step in steps])
         assert sorted(seen) == list(range(50))
     assert not np.array_equal(batch_ids(3, 0, 50, 8), batch_ids(3, 7, 50, 8))
-    assert total_steps(50, 8, 3, None) == 21
-    assert total_steps(50, 8, 3, 5) == 5
+
+    def steps(epochs, max_steps=None, round_steps="nearest"):
+        given = {"epochs": epochs, "max_steps": max_steps, "round_steps": round_steps}
+        return total_steps(50, TrainerConfig(effective_batch=8, **given))
+
+    assert (steps(3), steps(3, 5)) == (21, 5)
+    # An epoch is 7 steps, a third of it 2.33, for which transformers' Trainer takes 3.
+    assert (steps(1 / 3), steps(1 / 3, round_steps="up"), steps(3, round_steps="up")) == (2, 3, 21)
+    assert (steps(0.01), steps(0.01, round_steps="up")) == (1, 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -44,6 +44,11 @@ def load_own_and_harness_tasks(
     return tasks
 
 
+def flat(tasks: Mapping[str, Sequence[EvalTask]]) -> list[EvalTask]:
+    """The tasks of all entries, in order."""
+    return [task for of_entry in tasks.values() for task in of_entry]
+
+
 def fingerprints_of(tasks: Mapping[str, Sequence[EvalTask]]) -> dict[str, str]:
     """Entry of `eval.tasks` -> what its rows depend on, adapter and base model aside."""
     return {
