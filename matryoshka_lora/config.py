@@ -484,9 +484,10 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def run_hash(config: Config, model_identity: Mapping[str, Any], data_fingerprint: str) -> str:
-    """8 hex digits over exactly what changes the adapter."""
+    """8 hex digits over exactly what changes the adapter, the method's diagonals included."""
     content = {
         "settings": affecting(config, "adapter"),
+        "method": build_method(config).fingerprint(),
         "model": model_identity,
         "data": data_fingerprint,
     }
