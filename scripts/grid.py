@@ -24,6 +24,7 @@ from reproduce_options import AXES, CONFIGS, Options
 from matryoshka_lora.cli import text_of
 from matryoshka_lora.config import (
     Config,
+    known_rate,
     quote_texts,
     read_config,
     run_hash,
@@ -68,7 +69,7 @@ class Run:
         """The record, if nothing of the run is missing. Raises ValueError if it is corrupt."""
         if self._record is None and self.inputs is not None:
             self._record = finished_record(self.config, RunFolder(self.inputs.folder))
-            if self._record is None and self.published is not None:
+            if self._record is None and self.published and self.published.status == "finished":
                 measured = set((self.published.evaluation or {}).get("finished", ()))
                 if measured.issuperset(wanted_points(self.config)):
                     self._record = self.published
@@ -102,7 +103,7 @@ class Run:
 
     def is_pending(self) -> bool:
         """Whether the run is to be started: it is not finished, its learning rate is chosen."""
-        if math.isnan(self.config.trainer.lr) or self.finished() is not None:
+        if math.isnan(self.config.trainer.rate) or self.finished() is not None:
             return False
         return not (self.config.dataset.validation and self.diverged())
 
@@ -206,7 +207,7 @@ def merged(runs: Iterable[Run]) -> list[Run]:
     found: dict[str, Run] = {}
     for run in runs:
         key = json.dumps(
-            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.lr}
+            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.rate}
         )
         if run.inputs is not None:
             key = run.inputs.run_hash
@@ -280,7 +281,8 @@ class Planner:
     ) -> Group:
         fixed = self.fixed(chosen)
         if not lrs:
-            lrs = [self.composed(fixed).trainer.lr]
+            config = self.composed(fixed)
+            lrs = [known_rate(config) if config.trainer.lr is None else config.trainer.lr]
 
         @functools.cache
         def final(training: int, lr: float | None) -> list[Run]:
@@ -344,6 +346,8 @@ class Planner:
         for key, value in settings.items():
             section, _, name = key.rpartition(".")
             setattr(getattr(config, section) if section else config, name, value)
+        if undecided:
+            config.trainer.lr = 1.0
         validate(config)
         if undecided:
             config.trainer.lr = math.nan  # stands in the table's hole; never run

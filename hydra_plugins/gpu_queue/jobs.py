@@ -281,7 +281,7 @@ class Worker:
                 "PYTHONUNBUFFERED": "1",
                 **self.slot.environment,
             },
-            **({"stdin": subprocess.DEVNULL} | more),
+            **({"stdin": subprocess.DEVNULL} | more),  # type: ignore[call-overload]
         )
 
     def _code(self, seconds: float | None) -> int | None:

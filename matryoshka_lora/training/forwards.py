@@ -158,7 +158,7 @@ def training_mode(model: PreTrainedModel, settings: TrainerConfig) -> Iterator[N
             stack.callback(model.gradient_checkpointing_disable)
         if settings.compile:
             # A worker trains adapters of many kinds, each of which may need versions of its own.
-            torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+            torch._dynamo.config.recompile_limit = 64
             # The first layer stays eager: its input needs no gradient, so that it would be compiled
             # for itself alone.
             for layer in list(decoder_layers(model))[1:]:
