@@ -402,7 +402,7 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
         ("lora", "0.00025", "42", "[trained]"),
         ("lora", "0.00025", "666", "[trained]"),
         ("matryoshka", "0.00025", "42", "[prefix,trained,svd]"),
-        ("matryoshka", "0.00025", "666", "[trained,svd]"),
+        ("matryoshka", "0.00025", "666", "[svd,trained]"),
     ]
     tables = tmp_path / "out" / "tables"
     assert "diverged" in (tables / "table2-tiny-search-rates.md").read_text()

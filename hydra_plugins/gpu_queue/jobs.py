@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from matryoshka_lora.cli import JOB, environment_of_children
 from matryoshka_lora.core.errors import UserError
@@ -270,7 +270,13 @@ class Worker:
             self.answers.close()
         self.process = self.answers = None
 
-    def _open(self, command: list[str], output: BinaryIO, **more: Any) -> None:
+    def _open(
+        self,
+        command: list[str],
+        output: BinaryIO,
+        stdin: int = subprocess.DEVNULL,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdout=output,
@@ -281,7 +287,8 @@ class Worker:
                 "PYTHONUNBUFFERED": "1",
                 **self.slot.environment,
             },
-            **({"stdin": subprocess.DEVNULL} | more),  # type: ignore[call-overload]
+            stdin=stdin,
+            pass_fds=pass_fds,
         )
 
     def _code(self, seconds: float | None) -> int | None:
