@@ -33,7 +33,7 @@ from matryoshka_lora import methods
 from matryoshka_lora.core.adapter import INITS
 from matryoshka_lora.core.diagonals import SCALINGS, check_rank, check_train_ranks, powers_of_two
 from matryoshka_lora.core.errors import UserError, nearest
-from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.core.rules import RULES, rules_at
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.methods import AdapterShape, Method
 
@@ -293,7 +293,9 @@ class EvalConfig:
     ranks: list[int] | None = setting(
         None, "ranks to read the adapter at; null: powers of 2", "evaluation"
     )
-    rules: list[str] = setting(list(RULES), "inference rules", "evaluation")
+    rules: list[str] | None = setting(
+        None, "inference rules; null: all that the method allows at a rank", "evaluation"
+    )
     engine: str = setting(
         "batched", "batched, or hf: lm-eval's own backend, the reference", "nothing"
     )
@@ -550,13 +552,18 @@ def variant(
 
 def wanted_points(config: Config) -> list[str]:
     """A name for every number that the config asks for; a run is finished when it has them all."""
+    spec = adapter_spec_of(config)
     axes = ("eval.tasks", "eval.ranks", "eval.rules")
     asked = affecting(config, "evaluation")
     rest = " ".join(f"{k.removeprefix('eval.')}={v}" for k, v in asked.items() if k not in axes)
     tasks = [f"{name}:{shots} {rest}" for name, shots in config.tasks]
     if config.dataset.validation:
         tasks.append("validation")
-    readings = [f"{rule}@{rank}" for rank in config.eval_ranks for rule in config.eval.rules]
+    readings = [
+        f"{rule}@{rank}"
+        for rank in config.eval_ranks
+        for rule in rules_at(spec, rank, config.eval.rules)
+    ]
     return [f"{task} {reading}" for task in tasks for reading in readings]
 
 
@@ -630,17 +637,23 @@ def validate(config: Config) -> None:
     _choice("dataset.prompt", config.dataset.prompt, ("harness", "paper"))
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} must be from 0 to 2**63 - 1 = {2**63 - 1}")
-    if not config.eval.rules or len(set(config.eval.rules)) < len(config.eval.rules):
-        raise UserError(f"eval.rules={config.eval.rules} must name at least one rule, each once")
+    rules = config.eval.rules
+    if rules is not None and (not rules or len(set(rules)) < len(rules)):
+        raise UserError(f"eval.rules={rules} must name at least one rule, each once, or be null")
     if not config.eval_ranks:
         raise UserError("eval.ranks is empty; give at least one rank, or null for powers of 2")
-    for rule in config.eval.rules:
+    for rule in rules or ():
         _choice("eval.rules", rule, RULES)
+    spec = adapter_spec_of(config)
     for rank in config.eval_ranks:
         try:
             check_rank(rank, adapter.rank)
         except ValueError as error:
             raise UserError(f"eval.ranks: {error}") from None
+        try:
+            rules_at(spec, rank, rules)
+        except UserError as error:
+            raise UserError(f"eval.rules={rules}: {error}; null reads all that are") from None
     if sorted(set(config.eval_ranks)) != config.eval_ranks:
         raise UserError(f"eval.ranks={config.eval_ranks} must be strictly increasing")
     _choice("eval.engine", config.eval.engine, ("batched", "hf"))

@@ -16,12 +16,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, adapter_spec_of, read_config
-from matryoshka_lora.core.adapter import adapter_layers, adapter_spec, add_adapters
+from matryoshka_lora.config import Config, adapter_spec_of, build_method, read_config
+from matryoshka_lora.core.adapter import (
+    adapter_layers,
+    adapter_parameters,
+    adapter_spec,
+    add_adapters,
+)
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
-from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, model_identity
+from matryoshka_lora.models import (
+    DTYPES,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    other_modalities,
+)
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -130,7 +141,10 @@ def build_model(config: Config, device: torch.device) -> PreTrainedModel:
         init=config.adapter.init,
         dtype=DTYPES[config.adapter.dtype],
         seed=config.seed,
+        without=other_modalities(model),
     )
+    if device.type != "meta":
+        build_method(config).hooks.initialise(adapter_parameters(model), config.seed)
     return model
 
 

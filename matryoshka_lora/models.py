@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from matryoshka_lora.config import ModelConfig, short_name
+from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The frozen base model in `model.dtype` on `device`, in evaluation mode.
 
+    Raises UserError where it cannot be read, and where that needs a package that is not installed.
+
     With `random_weights` the shape is built with transformers' own initialisation from a fixed
     seed; on the meta device nothing is allocated.
     """
@@ -107,6 +112,10 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
             )
+        except ImportError as error:  # a quantised checkpoint without its library
+            raise UserError(
+                f"model {source} needs a package that is not installed: {_first_line(error)}"
+            ) from None
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ValueError(_unreachable(config, source, error)) from None
         model = model.to(device)  # type: ignore[arg-type]
@@ -119,13 +128,70 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[dict[str, float]]:
+    """No dropout, layer drop or router noise in the base model for the length of a block.
+
+    Their masks would follow how examples are packed and split over processes, whatever the seed.
+    Yields the settings that were not 0, by name, and the log says so; they are back afterwards.
+    """
+    modules = [vars(module) for module in model.modules()]
+    # Some read their config in each forward.
+    used = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = [vars(config) for config in {id(config): config for config in used}.values()]
+    found = [
+        (values, name, value)
+        for values in modules + configs
+        for name, value in values.items()
+        # `p` is nn.Dropout's.
+        if (name == "p" or "drop" in name or "jitter" in name)
+        and isinstance(value, float)
+        and value > 0
+    ]
+    # As the configs name them, where they do.
+    named = [entry for entry in found if any(entry[0] is c for c in configs)] or found
+    switched_off = {"dropout" if name == "p" else name: value for _, name, value in named}
+    if switched_off:
+        logger.warning(
+            "the base model's dropout is switched off in training (%s): its masks would depend on "
+            "how examples are packed and split over processes",
+            ", ".join(f"{name} {value:g}" for name, value in sorted(switched_off.items())),
+        )
+    try:
+        for values, name, _ in found:
+            values[name] = 0.0
+        yield dict(sorted(switched_off.items()))
+    finally:
+        for values, name, value in found:
+            values[name] = value
+
+
+def other_modalities(model: PreTrainedModel) -> list[str]:
+    """Names of the models inside `model` that text does not go through, such as a vision tower."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # a few call a part of their head so
+        return []
+    around = {id(module) for module in decoder.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and id(module) not in around
+        and all(inner is not decoder for inner in module.modules())
+    ]
+
+
 def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
-        f"model {source} (revision {config.revision}) cannot be read: {reason} If the repository "
-        f"is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; "
-        f"for a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
+        f"model {source} (revision {config.revision}) cannot be read: {_first_line(error)} "
+        "If the repository is gated, accept its licence on its hub page and run `hf auth login` or "
+        "set HF_TOKEN; for a local copy set model.path=FOLDER; for the shape alone set "
+        "model.random_weights=true"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, build_method, wanted_points
-from matryoshka_lora.core.adapter import adapter_spec
+from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.core.storage import save_adapter
@@ -36,6 +37,7 @@ from matryoshka_lora.loading import (
     warn_of_narrow_layers,
 )
 from matryoshka_lora.memory import estimate, print_estimate
+from matryoshka_lora.model_checks import check_model
 from matryoshka_lora.models import load_tokenizer
 from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator
 from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
@@ -83,14 +85,14 @@ def run(config: Config) -> Record | None:
     tracker = make_tracker(config, inputs.run_hash, folder.path, main)
     try:
         model = build_adapted_model(config, accelerator)
+        lm = check_model(config, model, tokens, tasks, accelerator)
         if is_trained(folder, record):
             logger.info("training is finished; reading %s", folder.adapter)
             load_factors(read_run(folder.path), model)
         else:
             train(config, inputs, model, tokens.train, record, folder, accelerator, tracker)
-        evaluate(
-            config, model, tokens.tokenizer, tasks, tokens.held_out, record, folder, accelerator
-        )
+        held_out = tokens.held_out
+        evaluate(config, model, tokens.tokenizer, tasks, held_out, record, folder, accelerator, lm)
         if main:
             record.status, record.error = "finished", None
             write_record(folder.record, record)
@@ -139,11 +141,12 @@ def train(
 ) -> None:
     """Train the adapter of `model`, save it and write the training's summary to the record."""
     logger.info("training %s in %s", config.method.name, folder.path)
+    method = build_method(config)
     try:
         record.training = fit(
             model,
             examples,
-            build_method(config),
+            method,
             config,
             folder.path,
             accelerator,
@@ -155,6 +158,7 @@ def train(
             f"({config.trainer.max_tokens}) or set trainer.micro_batch, or set "
             "trainer.gradient_checkpointing=true, or trainer.cuda_graphs=false"
         ) from error
+    set_importance(model, method.hooks.importance())
     if accelerator.is_main_process:
         save_adapter(folder.adapter, model, adapter_facts(inputs.model, inputs.run_hash))
         record.status = "evaluating"
@@ -171,12 +175,16 @@ def evaluate(
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
+    lm: HFLM | None = None,
 ) -> None:
-    """Add the rows of every point that is missing to `record`, saving it after each point."""
+    """Add the rows of every point that is missing to `record`, saving it after each point.
+
+    lm: what `check_model` returned.
+    """
     main = accelerator.is_main_process
     sharded = is_sharded(accelerator)
     plan = plan_points(
-        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+        adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
     facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
     spent, began = facts["seconds"], time.monotonic()
@@ -214,6 +222,7 @@ def evaluate(
             ),
             folder.samples,
             identity=record.run_hash,
+            lm=lm,
             processes=accelerator,
             lockstep=sharded,
             on_point=on_point,

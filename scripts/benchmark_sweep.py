@@ -60,7 +60,7 @@ from transformers import (
 
 from matryoshka_lora.cli import as_arguments, option, run_script
 from matryoshka_lora.config import Config, build_config, validate
-from matryoshka_lora.core.adapter import adapter_spec, use_factors
+from matryoshka_lora.core.adapter import adapter_view, use_factors
 from matryoshka_lora.core.diagonals import powers_of_two
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import load_adapter
@@ -305,7 +305,7 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     task, requests = random_gsm8k(model, tokenizer, options.shots, options.documents)
-    plan = plan_points(adapter_spec(model), config.eval_ranks, ["prefix"], config.train_ranks)
+    plan = plan_points(adapter_view(model), config.eval_ranks, ["prefix"], config.train_ranks)
     points = [point for point in plan.points if point.rank]
     limits = {request.context: request.max_new_tokens for request in requests}
     sample = some_batches(requests, options.batch_size, options.baseline_documents)
@@ -398,7 +398,7 @@ def measure_task(
 ) -> dict[str, Any]:
     """What one task of a run adds to its entry."""
     plan = plan_points(
-        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+        adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
     recorder = Recorder(BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs))
     reset_peak(model.device)

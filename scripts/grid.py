@@ -214,7 +214,10 @@ def merged(runs: Iterable[Run]) -> list[Run]:
         if (other := found.setdefault(key, run)) is run:
             continue
         mine, theirs = run.config, other.config
-        rules = [r for r in RULES if r in mine.eval.rules or r in theirs.eval.rules]
+        asked = [mine.eval.rules, theirs.eval.rules]
+        rules = None  # all that the method allows
+        if None not in asked:
+            rules = [rule for rule in RULES if any(rule in (given or ()) for given in asked)]
         ranks = sorted({*mine.eval_ranks, *theirs.eval_ranks})
         if (rules, ranks) != (theirs.eval.rules, theirs.eval_ranks):
             evaluation = dataclasses.replace(theirs.eval, rules=rules, ranks=ranks)

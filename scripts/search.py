@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from matryoshka_lora import methods
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.runs.record import Record
 
@@ -27,8 +27,9 @@ Candidate = TypeVar("Candidate")
 
 def search_settings(config: Config) -> dict[str, Any]:
     """What a candidate's settings, by key, have in place of those of `config`, a final run."""
-    reads = config.eval.rules
-    alone = methods.get(config.method.name).baseline
+    reads = config.eval.rules or ()
+    ordered = adapter_spec_of(config).ordered
+    alone = methods.get(config.method.name).baseline or not ordered
     return {
         "dataset.validation": HELD_OUT,
         "eval.tasks": [],

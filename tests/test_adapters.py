@@ -24,6 +24,7 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import load_adapter, read_adapter, save_adapter
+from matryoshka_lora.loading import warn_of_narrow_layers
 
 RANK = 8
 P = matryoshka_diagonal([1, 2, 4, 8], RANK, "none")
@@ -394,12 +395,12 @@ def test_the_diagonal_may_stay_float32_in_the_product(shape):
         layer.p = p
         h = x @ layer.lora_A.T
         scaled = (h.float() * p).bfloat16() if kept else h * p.bfloat16()
-        found = layer._scaled(x)
+        found = layer.scaled(x)
         assert found.dtype == torch.bfloat16 and torch.equal(found, scaled)
         errors[kept] = (found.double() - h.double() * p.double()).norm()
         # Without rounding there is no difference.
         layer.float()
-        assert torch.equal(layer._scaled(x.float()), (x.float() @ layer.lora_A.T) * p)
+        assert torch.equal(layer.scaled(x.float()), (x.float() @ layer.lora_A.T) * p)
     assert errors[True] < 0.8 * errors[False]
 
 
@@ -416,8 +417,16 @@ def test_a_file_tells_how_the_diagonal_is_multiplied(tmp_path):
     with pytest.raises(ValueError, match="its float32_diagonal is True, the model's"):
         load_adapter(path, rounding)
     save_adapter(plain, rounding)  # as written before there was a choice
-    assert b"float32_diagonal" not in plain.read_bytes()
     assert read_adapter(plain).spec == rounded
+
+
+def test_layers_narrower_than_the_rank_are_named(caplog):
+    warn_of_narrow_layers(adapted())
+    assert caplog.text == ""
+    spec = AdapterSpec(40, "none", (1.0,) * 40, trains_prefixes=False)
+    warn_of_narrow_layers(adapted(spec=spec, fill_B=False))
+    assert "adapter.rank=40 is more than some layers are wide" in caplog.text
+    assert "k_proj 16" in caplog.text and "down_proj 32" in caplog.text
 
 
 def test_files_of_earlier_versions_are_read(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +19,7 @@ from matryoshka_lora.cli import one_line, settings
 from matryoshka_lora.config import (
     COLUMNS,
     Config,
+    adapter_spec_of,
     affecting,
     build_config,
     check_given,
@@ -43,7 +45,7 @@ def composed(tmp_path, *overrides):
 CHOICES = [
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent != CONFIGS and path.parent.name != "accelerate"
+    if path.parent != CONFIGS and path.parent.name not in ("accelerate", "evidence")
 ]
 
 
@@ -77,7 +79,8 @@ def test_the_recipes_set_the_same_keys_and_the_default_one_what_is_default(tmp_p
     # Those that came later leave the hashes of earlier runs as they are.
     for key in ("adapter.float32_diagonal", "dataset.keep_masked", "trainer.round_steps"):
         assert key not in affecting(config, "adapter")
-    paper = composed(tmp_path, f"method={method}", "recipe=paper")
+    # Learned methods refuse the paper's rule.
+    paper = composed(tmp_path, f"method={method}", "recipe=paper", "eval.rules=null")
     for key in ("method.independent", "method.draw"):
         assert (key in affecting(paper, "adapter")) == (method == "dylora")
 
@@ -122,6 +125,22 @@ def test_the_papers_recipe(tmp_path):
         ("dataset.prompt=chat", "dataset.prompt=chat is unknown"),
         ("method=nested_dropout method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
         ("method=nested_dropout method.weights=[0,0,0,0,0,0]", "positive sum"),
+        ("method=nested_matryoshka method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
+        ("method=nested_matryoshka method.decay=nan", "method.decay=nan must be 0 or a positive"),
+        ("method=nested_matryoshka method.decay=-1", "method.decay=-1.0 must be 0 or a positive"),
+        ("method=adalora method.target_rank=33", "target_rank=33 must be 1 to adapter.rank=32"),
+        ("method=adalora method.target_rank=0", "target_rank=0 must be 1 to adapter.rank=32"),
+        ("method=adalora method.warmup=0.7", "leave no steps to mask in"),
+        ("method=adalora method.settle=1", r"method.settle=1.0 must be in \[0, 1\)"),
+        ("method=adalora method.mask_every=0", "method.mask_every=0"),
+        ("method=adalora method.orthogonality=inf", "method.orthogonality=inf"),
+        ("method=adalora method.beta2=1", "method.beta2=1.0 must be in"),
+        ("method=sora method.sparsity=nan", "method.sparsity=nan must be 0 or a positive number"),
+        ("method=sora eval.rules=[prefix]", "prefix is refused at rank 1: it drops the diagonal"),
+        (
+            "method=adalora eval.rules=[svd,trained]",
+            "trained is refused at rank 1.*adalora stand in no order of rank; allowed there: svd",
+        ),
         ("method=dylora method.draw=epoch", "method.draw=epoch is unknown"),
         ("eval.rules=[best]", "eval.rules=best is unknown"),
         ("eval.ranks=[64]", "eval.ranks: rank 64 is above"),
@@ -144,6 +163,22 @@ def test_the_papers_recipe(tmp_path):
 def test_wrong_values_are_refused(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         composed(tmp_path, *override.split())
+
+
+def test_a_decay_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ConfigCompositionException) as error:
+        composed(tmp_path, "method=nested_matryoshka", "method.decay=fast")
+    assert "'fast' of type 'str' could not be converted to Float" in str(error.value.__cause__)
+
+
+def test_null_reads_by_every_rule_that_the_method_allows_at_a_rank(tmp_path):
+    for method, rules in (
+        ("lora", {1: "prefix trained svd global", 32: "prefix trained svd global"}),
+        ("sora", {1: "svd global", 32: "trained svd global"}),
+    ):
+        config = composed(tmp_path, f"method={method}", "eval.ranks=[1,32]", "eval=arithmetic")
+        points = [point.rpartition(" ")[2] for point in wanted_points(config)]
+        assert points == [f"{rule}@{r}" for r, of_rank in rules.items() for rule in of_rank.split()]
 
 
 def test_a_file_in_the_folders_place(tmp_path):
@@ -258,6 +293,11 @@ OTHER_VALUES = {
     "method.normalise": "mean",
     "method.draw": "sample",
     "method.weights": [6.0, 1, 1, 1, 1, 1],
+    "method.decay": 0.5,
+    "method.warmup": 0.2,
+    "method.settle": 0.2,
+    "method.beta1": 0.9,
+    "method.beta2": 0.9,
     "adapter.rank": 64,
     "adapter.train_ranks": [1, 32],
     "adapter.scaling": "rank",
@@ -304,9 +344,11 @@ def test_every_setting_changes_what_it_says(tmp_path, method):
                 effect = "adapter"
             hashes = run_hash(config, *identity) != run_hash(other, *identity)
             assert hashes == (effect == "adapter"), key
-            # Only these two: R is where the ranks to read end, and validation has points.
+            # R is where the ranks to read end, validation has points, and where the components of
+            # a method stand in no order, fewer rules are allowed.
             points = wanted_points(config) != wanted_points(other)
             also = key in ("adapter.rank", "dataset.validation")
+            also |= key == "method.name" and not adapter_spec_of(config).ordered
             assert points == (effect == "evaluation" or also), key
             if key not in ("method.name", "adapter.rank"):  # on these other settings depend
                 kept_apart = variant(config, *identity) != variant(other, *identity)

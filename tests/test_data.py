@@ -1,5 +1,6 @@
 """Records, prompts and tokens: equal to the harness's, and every mistake named."""
 
+import copy
 import json
 
 import lm_eval.tasks
@@ -7,6 +8,7 @@ import numpy as np
 import pandas
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from matryoshka_lora.config import DatasetConfig
@@ -54,6 +56,24 @@ def test_prompt_text_and_token_boundary_are_the_harness_own(tokenizer):
         context, target = lm._encode_pair(prompt, answer)
         assert list(example.tokens[: example.prompt_length]) == context
         assert list(example.tokens[example.prompt_length :]) == [*target, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "platypus"])
+@pytest.mark.parametrize("added", ["<s> $A </s>", "$A </s>", "<s> $A"])
+def test_tokens_that_the_tokenizer_appends_are_left_out(tokenizer, caplog, name, added):
+    config = DatasetConfig(name=name)
+    records = RECORDS if name == "gsm8k" else [{"instruction": "Add.", "output": "5"}]
+    plain, _ = tokenize(records, config, tokenizer)
+    adding = copy.deepcopy(tokenizer)
+    eos, bos = adding.eos_token_id, 5
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=added, special_tokens=[("</s>", eos), ("<s>", bos)]
+    )
+    examples, counts = tokenize(records, config, adding)
+    first = (bos,) if added.startswith("<s>") else ()
+    assert [e.tokens for e in examples] == [(*first, *e.tokens) for e in plain]
+    assert [e.labels for e in examples] == [e.labels for e in plain]
+    assert ("the tokenizer appends </s>" in caplog.text) == added.endswith("</s>")
 
 
 def test_the_papers_prompt_keeps_the_space(tokenizer):

@@ -7,7 +7,7 @@ import torch
 from matryoshka_lora.config import Config, adapter_spec_of, build_method
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.rules import read, same_as
+from matryoshka_lora.core.rules import AdapterView, evaluated_as, read
 from matryoshka_lora.methods import METHODS, Method
 
 
@@ -19,8 +19,11 @@ def config_of(name: str, rank: int = 8, **method) -> Config:
     return config
 
 
-def test_the_diagonals_of_the_four_methods():
-    assert set(METHODS) == {"lora", "dylora", "matryoshka", "nested_dropout"}
+def test_the_diagonals_of_the_methods():
+    assert list(METHODS) == [
+        *("lora", "dylora", "nested_dropout", "matryoshka"),
+        *("nested_matryoshka", "adalora", "sora"),
+    ]
     assert build_method(config_of("lora")).p_full.tolist() == [1] * 8
     expected = matryoshka_diagonal([1, 2, 4, 8], 8, "none")
     assert torch.equal(build_method(config_of("matryoshka")).p_full, expected)
@@ -31,6 +34,32 @@ def test_the_diagonals_of_the_four_methods():
         assert method.ranks == (1, 2, 4, 8)
         for rank, p in zip(method.ranks, method.diagonals, strict=True):
             assert torch.equal(p, prefix_diagonal(rank, 8, "none"))
+
+
+@pytest.mark.parametrize(
+    ("decay", "p_full"),
+    [(None, [4, 3, 2, 2, 1, 1, 1, 1]), (0.5, [(8 / i) ** 0.5 for i in range(1, 9)])],
+)
+def test_nested_matryoshka_cuts_p_to_the_drawn_rank(decay, p_full):
+    method = build_method(config_of("nested_matryoshka", decay=decay))
+    assert method.p_full.tolist() == pytest.approx(p_full)
+    for rank, p in zip(method.ranks, method.diagonals, strict=True):
+        assert torch.equal(p[:rank], method.p_full[:rank]) and not p[rank:].any()
+    # What is read at a rank is just what was trained, and P is folded in where all of it is.
+    spec = adapter_spec_of(config_of("nested_matryoshka", decay=decay))
+    for rank, p in zip(method.ranks, method.diagonals, strict=True):
+        assert torch.equal(read(AdapterView(spec), rank, "trained").p, p)
+
+
+@pytest.mark.parametrize(
+    ("train_ranks", "odds"), [([8], [1]), ([2, 8], [2, 4]), ([1, 2, 4, 8], [2, 1, 1, 4])]
+)
+def test_odds_of_nested_matryoshka(train_ranks, odds):
+    config = config_of("nested_matryoshka")
+    config.adapter.train_ranks = train_ranks
+    assert build_method(config).weights == tuple(odds)
+    config.method.weights = [3.0] * len(odds)
+    assert build_method(config).weights == (3.0,) * len(odds)
 
 
 def test_unknown_method_names_the_nearest():
@@ -120,13 +149,14 @@ def test_a_method_whose_parts_do_not_fit_is_refused(changes, message):
 
 def test_rules_that_are_one_function_share_a_point():
     lora, matryoshka, dylora = (
-        adapter_spec_of(config_of(name)) for name in ("lora", "matryoshka", "dylora")
+        AdapterView(adapter_spec_of(config_of(name))) for name in ("lora", "matryoshka", "dylora")
     )
-    assert same_as(lora, 4, "trained") == "prefix"
-    assert same_as(matryoshka, 4, "trained") is None
-    assert same_as(matryoshka, 8, "svd") == "trained"
-    assert same_as(matryoshka, 4, "svd") is None
-    assert same_as(dylora, 4, "trained") == "prefix"
+    assert evaluated_as(lora, 4, "trained") == (4, "prefix")
+    assert evaluated_as(matryoshka, 4, "trained") == (4, "trained")
+    assert evaluated_as(matryoshka, 8, "svd") == (8, "trained")
+    assert evaluated_as(matryoshka, 4, "svd") == (4, "svd")
+    assert evaluated_as(dylora, 4, "trained") == (4, "prefix")
     config = config_of("dylora")
     config.adapter.scaling = "rank"
-    assert torch.equal(read(adapter_spec_of(config), 4, "trained").p, prefix_diagonal(4, 8, "rank"))
+    view = AdapterView(adapter_spec_of(config))
+    assert torch.equal(read(view, 4, "trained").p, prefix_diagonal(4, 8, "rank"))

@@ -84,7 +84,7 @@ def test_the_four_methods_run_end_to_end_and_a_second_time_only_show(tmp_path):
         assert record.data["used"] == 100 and record.data["truncated"] == 0
         readings = {(row.rank, row.rule) for row in record.rows}
         assert readings == {(0, "base")} | {
-            (rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained", "svd")
+            (rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained", "svd", "global")
         }
         metrics = {(row.metric, row.filter) for row in record.rows}
         assert metrics == {

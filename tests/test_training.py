@@ -19,7 +19,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
-from matryoshka_lora.methods import Hooks
+from matryoshka_lora.methods import METHODS, Hooks
 from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
@@ -59,6 +59,7 @@ def make_config(method="matryoshka", **trainer):
 def make_model(config, dtype=torch.float32, fill_B=False):
     model = small_llama(dtype=dtype)
     add_adapters(model, adapter_spec_of(config), TARGETS, dtype=dtype, seed=config.seed)
+    build_method(config).hooks.initialise(adapter_parameters(model), config.seed)
     if fill_B:
         generator = torch.Generator().manual_seed(1)
         for layer in adapter_layers(model).values():
@@ -111,7 +112,7 @@ def loss_and_gradients(model, examples, diagonals, micro, packed):
     return total, torch.cat(grads)
 
 
-@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout", "nested_matryoshka"])
 @pytest.mark.parametrize(
     ("dtype", "loss_bound", "grad_bound"),
     [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)],
@@ -124,7 +125,7 @@ def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
     chosen = build_method(config)
     examples = make_examples(8)
     choice = chosen.choose(0, 0, 8, None)
-    p = chosen.diagonals[choice] if method == "nested_dropout" else chosen.diagonals[0]
+    p = chosen.diagonals[choice] if chosen.draw == "sample" else chosen.diagonals[0]
     model = make_model(config, dtype, fill_B=True)
     # The reference runs each sample alone, with nothing of ours around the model.
     reference, expected = 0.0, None
@@ -247,11 +248,12 @@ def batch_loss_per_document(model, examples):
     return [part.sum().item() for part in losses.split([e.labels for e in examples])]
 
 
-@pytest.mark.parametrize("method", ["matryoshka", "dylora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkeypatch):
     config = make_config(method, max_steps=9, save_every=2)
-    config.method.frozen = method == "dylora"
-    reference, rows, _ = train(tmp_path / "whole", config)
+    config.method.frozen, config.method.target_rank, config.method.mask_every = True, 2, 1
+    hooks = build_method(config).hooks
+    reference, rows, _ = train(tmp_path / "whole", config, hooks=hooks)
 
     class Killed(BaseException):
         pass
@@ -276,8 +278,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkey
             on_step=kill,
         )
     assert len(list((folder / "checkpoints").glob("*.pt"))) == 2
-    resumed, resumed_rows, summary = train(folder, config)
+    resumed_hooks = build_method(config).hooks
+    resumed, resumed_rows, summary = train(folder, config, hooks=resumed_hooks)
     assert torch.equal(factors(resumed), factors(reference))
+    importance = resumed_hooks.importance()
+    assert all(torch.equal(x, importance[name]) for name, x in hooks.importance().items())
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
     assert [row["step"] for row in resumed_rows] == list(range(9))
     assert summary["steps"] == 9

@@ -275,7 +275,7 @@ class Worker:
         command: list[str],
         output: BinaryIO,
         stdin: int = subprocess.DEVNULL,
-        pass_fds: Sequence[int] = (),
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command],

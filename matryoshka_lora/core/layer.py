@@ -1,6 +1,7 @@
-"""The adapter layer. There is one, with one forward: methods and rules only set its diagonal."""
+"""The adapter layer. All methods use this one layer and this one forward; they only set `p`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,17 @@ from torch import Tensor, nn
 
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
 """Parameters of a layer by their role, the last segment of their name -> the axis of the rank."""
+
+T = TypeVar("T")
+
+
+def by_layer(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """`<layer>.<role>` -> x as layer -> role -> x, in the same order."""
+    found: dict[str, dict[str, T]] = {}
+    for name, value in named.items():
+        layer, _, role = name.rpartition(".")
+        found.setdefault(layer, {})[role] = value
+    return found
 
 
 class AdapterLinear(nn.Linear):
@@ -66,15 +78,15 @@ class AdapterLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.base is not None or torch.is_autocast_enabled(x.device.type) or x.dim() == 1:
             y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
-            return y + F.linear(self._scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
-        h = self._scaled(x)
+            return y + F.linear(self.scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
+        h = self.scaled(x)
         # The large product is added to the small one, in place: it is bound by arithmetic, so that
         # reading y costs nothing there. The other way round, y is read and written once more.
         y = F.linear(h.flatten(0, -2), self.lora_B.to(x.dtype), self.bias)
         y.addmm_(x.flatten(0, -2), self.weight.t())
         return y.unflatten(0, x.shape[:-1])
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """`(x A^T) * g p`, (..., R)."""
         p = self.p if self.lora_gate is None else self.p * self.lora_gate
         h = F.linear(x, self._cast(self.lora_A, x))
@@ -108,5 +120,5 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a module that maps (..., in) to (..., out). Raises ValueError if it has none."""
     sizes = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"a {type(module).__name__} does not tell its in_features, out_features")
+        raise ValueError(f"a {type(module).__name__} has no in_features and out_features")
     return sizes  # type: ignore[return-value]

@@ -37,18 +37,25 @@ def tokenize(
     """The examples, and the counts `records`, `used`, `truncated` and `fully_masked`.
 
     An example longer than `max_length` tokens loses its end (`truncated`); one that keeps no label
-    (`fully_masked`) is left out unless the config keeps it. Raises UserError if no example has a
-    label, or if the tokenizer has no end-of-text token.
+    (`fully_masked`) is left out unless the config keeps it. What the tokenizer appends to every
+    text by itself is left out: one end-of-text token ends each example. Raises UserError if no
+    example has a label, or if the tokenizer has no end-of-text token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end-of-text token, which ends every answer")
     pairs = texts(records, config)
-    # Not verbose: the tokenizer would warn of texts beyond the model's window; they are truncated
-    # and counted below.
-    prompts = tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
+    appended = _appended(tokenizer, pairs[0][0])
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # Not verbose: the tokenizer would warn of texts beyond the model's window; they are
+        # truncated and counted below.
+        encoded = tokenizer(texts, verbose=False)["input_ids"]
+        return [ids[: len(ids) - len(appended)] for ids in encoded]
+
+    prompts = encode([prompt for prompt, _ in pairs])
     if joint(config):
-        whole = tokenizer([prompt + answer for prompt, answer in pairs], verbose=False)["input_ids"]
+        whole = encode([prompt + answer for prompt, answer in pairs])
     else:
         answers = [answer for _, answer in pairs]
         apart = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
@@ -78,3 +85,29 @@ def tokenize(
             f"dataset.max_length={config.max_length} tokens; raise it"
         )
     return examples, counts
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The special tokens that the tokenizer puts behind every text by itself; often none.
+
+    text: any. A warning names the tokens. Raises UserError where they cannot be told from those of
+    the text.
+    """
+    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    added = tokenizer(text, verbose=False)["input_ids"]
+    starts = [i for i in range(len(added)) if added[i : i + len(plain)] == plain]
+    if not plain or not starts:
+        raise UserError(
+            f"the tokenizer makes other tokens of {text[:40]!r} where it adds special ones, so "
+            "that those that it adds cannot be left out; use one that adds them before or behind "
+            "the text"
+        )
+    appended: list[int] = added[starts[0] + len(plain) :]
+    if appended:
+        logger.warning(
+            "the tokenizer appends %s to every text: training leaves that out and ends each "
+            "example in one end-of-text token, but the harness's prompts in evaluation keep it; "
+            "for the same prompts in both, save the tokenizer with add_eos_token=false",
+            "".join(tokenizer.convert_ids_to_tokens(appended)),
+        )
+    return appended

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.core.adapter import use_factors
@@ -51,6 +52,7 @@ def run_sweep(
     folder: Path,
     *,
     identity: str = "",
+    lm: HFLM | None = None,
     processes: Accelerator | None = None,
     lockstep: bool = False,
     on_point: OnPoint | None = None,
@@ -59,6 +61,7 @@ def run_sweep(
 
     folder: holds one samples file a task and number of shots.
     identity: goes into every sample; samples of another one (another adapter) are not read.
+    lm: the `harness_lm` for which the tasks' requests were made, so that they are not made again.
     processes: where there are several, each answers for its share of the documents and the main
     one scores and writes; all must call this with the same arguments. lockstep: all of them answer
     everything, as a sharded model needs. The rows do not depend on either.
@@ -70,8 +73,8 @@ def run_sweep(
     Raises UserError for a samples file that is damaged.
     """
     main = processes is None or processes.is_main_process
-    with evaluation_mode(model), _unchanged_random_state():
-        lm = harness_lm(model, tokenizer)
+    with evaluation_mode(model), unchanged_random_state():
+        lm = lm or harness_lm(model, tokenizer)
         for task in tasks:
             task.requests(lm)
         stores = [Samples(folder, task, identity) for task in tasks] if main else []
@@ -239,7 +242,7 @@ def _from_main(value: Any, processes: Accelerator | None) -> Any:
 
 
 @contextmanager
-def _unchanged_random_state() -> Iterator[None]:
+def unchanged_random_state() -> Iterator[None]:
     """Whatever a task, a metric or an engine draws, the caller's random states stay as they are."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

@@ -13,7 +13,7 @@ from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.methods.hooks import Hooks
 
-# Tells the random stream of the ranks from that of the batch order.
+# Keeps the random stream of the ranks apart from that of the batch order.
 RANK_STREAM = 1
 DRAWS = ("step", "micro_batch", "sample")
 
@@ -45,7 +45,7 @@ def nothing_to_draw(shape: "AdapterShape", settings: Any) -> str | None:
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a method that has none."""
+    """For a method without settings."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,21 @@ class Method:
     diagonals: Tensor
     """(K, R) float32: the choices."""
     ranks: tuple[int, ...]
-    """The rank that each choice reads, length K: what the log shows."""
+    """The rank of each choice, length K; only shown in the log."""
     p_full: Tensor
     """(R,) float32: the method's diagonal at full rank."""
     weights: tuple[float, ...] | None = None
     """The odds of each choice, length K; None: all alike."""
     draw: str = "step"
-    """What shares one choice: an optimizer step, a micro-batch or a single sample."""
+    """How long one choice holds: for a whole step, a micro-batch or one sample."""
     independent: bool = False
     """Whether the draws of a step know nothing of each other; else they are stratified."""
     trains_prefixes: bool = False
     """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
     gated: bool = False
-    """Whether each layer learns a factor (R,) of its diagonal."""
+    """Whether each layer learns a vector (R,) that multiplies its diagonal."""
+    ordered: bool = True
+    """Whether training leaves the components in the order of rank, so that prefixes are read."""
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
@@ -148,10 +150,10 @@ class MethodInfo:
     order: int
     """Its place among the rows of a table."""
     baseline: bool
-    """Whether it trains its own R alone: at a smaller R it is a dedicated run, which others are
-    measured against, and its SVD is what tables take differences from."""
+    """Whether it is a baseline that trains rank R alone. Its runs at a smaller R are the dedicated
+    runs, and tables give differences from its SVD."""
     trains_sub_ranks: bool
-    """Whether S, the trained sub-ranks, means anything to it."""
+    """Whether it uses S, the trained sub-ranks."""
 
     def spec(self, shape: AdapterShape, method: Method) -> AdapterSpec:
         """What reading an adapter of this method needs to know."""
@@ -163,6 +165,7 @@ class MethodInfo:
             method=self.name,
             train_ranks=shape.train_ranks if self.trains_sub_ranks else (),
             gated=method.gated,
+            ordered=method.ordered,
         )
 
 

@@ -78,7 +78,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
             raise ValueError(
                 f"{type(model).__name__} cannot run on packed rows: "
                 + (f"its layers are {sorted(other)}" if other else "it has no flash attention path")
-                + "; use padded batches and eval.engine=hf"
+                + "; set trainer.packed=false eval.engine=hf"
             )
     before = [config._attn_implementation for config in configs]
     try:
@@ -86,7 +86,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         if any(config._attn_implementation != PACKED for config in configs):
             raise ValueError(
                 f"{type(model).__name__} does not let its attention be replaced, so it cannot run "
-                "on packed rows; use padded batches and eval.engine=hf"
+                "on packed rows; set trainer.packed=false eval.engine=hf"
             )
         yield
     finally:
@@ -131,7 +131,7 @@ def packed(
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} asks for {name}, which packed attention does not do; "
-                "use padded batches and eval.engine=hf"
+                "set trainer.packed=false eval.engine=hf"
             )
     if dropout:
         raise ValueError("packed attention has no dropout; set the model's attention_dropout to 0")
@@ -160,7 +160,8 @@ def packed(
         return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
     ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
     out = document_by_document(query, key, value, ends, scaling, sliding_window)
-    return out.transpose(1, 2), None
+    # Some models `view` what attention gives, as they may of flash attention's.
+    return out.transpose(1, 2).contiguous(), None
 
 
 def flash(

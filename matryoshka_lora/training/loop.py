@@ -80,7 +80,7 @@ def fit(
     backward = backward_of(model, method.diagonals, config, graphs)
     reset_peak(device)
     began = time.monotonic()
-    with training_mode(model, settings), log:
+    with training_mode(model, settings) as switched_off, log:
         for step in range(first, steps):
             ids = batch_ids(config.seed, step, len(examples), settings.effective_batch)
             batch = [examples[i] for i in ids]
@@ -137,7 +137,11 @@ def fit(
                 checkpoints.save(state, done, spent + time.monotonic() - began)
         log.flush()
     optimizer.zero_grad(set_to_none=True)
-    return log.summary(peak_gib(device, graphs is not None)) | {"cuda_graphs": graphs is not None}
+    summary = log.summary(peak_gib(device, graphs is not None))
+    summary["cuda_graphs"] = graphs is not None
+    if switched_off:
+        summary["dropout_switched_off"] = switched_off
+    return summary
 
 
 def reset_peak(device: torch.device) -> None:
