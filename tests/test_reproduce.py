@@ -68,7 +68,7 @@ def trained(monkeypatch):
         row = Row("validation", 0, None, None, 1, "svd", "loss", loss, None, 1, None)
         rows = [
             dataclasses.replace(row, rank=rank, rule=rule)
-            for rule in config.eval.rules
+            for rule in config.eval.rules or ["prefix", "trained", "svd"]
             for rank in config.eval_ranks
         ]
         if config.eval.tasks:
