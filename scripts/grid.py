@@ -75,8 +75,9 @@ class Run:
                 fingerprints = self.inputs.fingerprints | _task_fingerprints(self.config)
                 wanted = wanted_points(self.config, fingerprints)
                 self._record = finished_record(folder, wanted)
-                if self._record is None and self.published and has_points(self.published, wanted):
-                    self._record = self.published
+                old = self.published
+                if self._record is None and old is not None and old.status == "finished":
+                    self._record = old if has_points(old, wanted) else None
         return self._record
 
     def ended(self) -> Record | None:

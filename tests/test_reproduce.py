@@ -43,7 +43,8 @@ def local(tmp_path_factory) -> list[str]:
     tiny_lm.model().save_pretrained(folder / "model")
     tiny_lm.tokenizer().save_pretrained(folder / "model")
     tiny_lm.write_jsonl(folder / "data" / "train.jsonl", tiny_lm.word_problems(20, 0))
-    return [f"model.path={folder}/model", f"dataset.path={folder}/data"]
+    # The task is the embedded one, because the content of its test set is asked for.
+    return [f"model.path={folder}/model", f"dataset.path={folder}/data", "eval=arithmetic"]
 
 
 @pytest.fixture
