@@ -14,7 +14,8 @@ import search
 from evidence import read_evidence
 from grid import Planner
 from omegaconf import OmegaConf
-from reproduce_options import CONFIGS, Options
+from reproduce_options import CONFIGS
+from reproduce_options import Options as TableOptions
 
 from matryoshka_lora.cli import option, run_script, text_of
 from matryoshka_lora.config import RATES, Config, affecting, read_config
@@ -24,14 +25,14 @@ from matryoshka_lora.runs.record import Record, find_records, read_record
 
 
 @dataclasses.dataclass
-class RatesOptions:
+class Options:
     """The command line."""
 
     records: str = option("results/records", "folder with the published tables")
     output: str = option(str(RATES), "the file to write; models it has beside those stay")
 
 
-def main(options: RatesOptions) -> None:
+def main(options: Options) -> None:
     """Raises UserError where no search is published."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted((CONFIGS / "evidence").glob("*.yaml")):
@@ -56,7 +57,7 @@ def main(options: RatesOptions) -> None:
 def rates_of(path: Path, records: list[Record]) -> list[tuple[str, str, int, float]]:
     """(model, method, R, rate) of every row whose search has ended in one, in the file's order."""
     given = read_evidence(path)
-    planner = Planner(Options(table=path.stem.partition("_")[0]))
+    planner = Planner(TableOptions(table=path.stem.partition("_")[0]))
     found = []
     for row in given.rows:
         chosen = {"model": given.model} | given.settings | row.settings
@@ -88,4 +89,4 @@ def _same(one: Config, other: Config) -> bool:
 _FREE = ("trainer.lr", "seed")
 
 if __name__ == "__main__":
-    run_script(main, __doc__, RatesOptions)
+    run_script(main, __doc__, Options)

@@ -10,6 +10,7 @@ import estimate
 import evidence
 import grid
 import pytest
+import rates
 import reproduce
 import reproduce_options
 import tiny_lm
@@ -386,10 +387,10 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     fails["trainer.lr=0.002"] = "FloatingPointError: loss is nan at step 3"
     assert main([*arguments, "only=search", "rows=one"]) == 0
     searched = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
-    rates = {(s["trainer.epochs"], s["trainer.lr"]) for s in searched}
-    assert {lr for epochs, lr in rates if epochs == "2.0"} == {"0.002", "0.001"} | {
+    tried = {(s["trainer.epochs"], s["trainer.lr"]) for s in searched}
+    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.002", "0.001"} | {
         "0.0005", "0.00025", "0.00013"}  # fmt: skip
-    assert {lr for epochs, lr in rates if epochs == "3.0"} == {"0.001", "0.002"}
+    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.001", "0.002"}
     ran.clear()
     fails.clear()
     assert main(arguments) == 0
@@ -412,6 +413,13 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     ran.clear()
     shutil.rmtree(tmp_path / "out" / "runs")
     assert main(arguments) == 0 and ran == []
+    # At the default 3 epochs, of the first row with the method and R.
+    monkeypatch.setattr(rates, "CONFIGS", tmp_path)
+    (written := tmp_path / "rates.yaml").write_text("# kept\nother: {'*': 0.1}\n")
+    rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
+    assert written.read_text() == (
+        "# kept\nother:\n  '*': 0.1\ntiny:\n  lora:\n    1: 0.001\n  matryoshka:\n    4: 0.00025\n"
+    )
     for other, message in (
         ("rows=won", "rows=won is unknown.*did you mean one"),
         ("methods=lora", "methods= is of a grid; give rows="),
@@ -445,8 +453,8 @@ def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
     assert build_config(compositions["model=tiny trainer.lr=0.5"]).trainer.lr == 0.5
     with pytest.raises(ValueError, match="no rate for model other; give trainer.lr"):
         build_config(compositions["model.name=other trainer.lr=null"])
-    (rates := tmp_path / "rates.yaml").write_text("tiny: {lora: {1: 0.2, 4: 0.1, 32: 0.01}}")
-    monkeypatch.setattr(settings_of_config, "RATES", rates)
+    (known := tmp_path / "rates.yaml").write_text("tiny: {lora: {1: 0.2, 4: 0.1, 32: 0.01}}")
+    monkeypatch.setattr(settings_of_config, "RATES", known)
     nearest = compositions["model=tiny method=lora adapter.rank=3"]
     assert build_config(nearest).trainer.lr == 0.1
     with pytest.raises(ValueError, match="no rate for method matryoshka on model tiny"):
