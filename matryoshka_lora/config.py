@@ -16,11 +16,13 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -37,6 +39,8 @@ from matryoshka_lora.methods import AdapterShape, Method
 
 logger = logging.getLogger(__name__)
 
+RATES = Path(__file__).resolve().parents[1] / "configs" / "rates.yaml"
+"""Learning rates by model, method and R, which scripts/rates.py writes."""
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # Above these, a slip of the keyboard: no model has such layers, no such step leaves a number.
@@ -220,8 +224,11 @@ class AdapterConfig:
 
 @dataclass
 class TrainerConfig:
-    lr: float = setting(
-        1e-3, "peak learning rate; it falls linearly to 0, without warm-up", "adapter"
+    lr: float | None = setting(
+        1e-3,
+        "peak learning rate, which falls linearly to 0, without warm-up; null: that of model, "
+        "method and R in configs/rates.yaml",
+        "adapter",
     )
     epochs: float = setting(3.0, "passes over the training records", "adapter")
     round_steps: str = setting(
@@ -272,6 +279,12 @@ class TrainerConfig:
     dry_run: bool = setting(
         False, "print parameters, tokens, steps and memory, and stop", "nothing"
     )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, resolved."""
+        assert self.lr is not None, "build_config resolves it"
+        return self.lr
 
 
 @dataclass
@@ -350,8 +363,32 @@ class Config:
 def build_config(node: DictConfig) -> Config:
     """The composed Hydra config as a checked `Config`. Raises UserError."""
     config = typed_config(node)
+    methods.get(config.method.name)  # knows whether there is such a method
+    if config.trainer.lr is None:
+        config.trainer.lr = known_rate(config)
     validate(config)
     return config
+
+
+def known_rate(config: Config) -> float:
+    """The learning rate that RATES has for model, method and the nearest R, by their ratio.
+
+    Raises UserError where it has none.
+    """
+    method, rank = config.method.name, config.adapter.rank
+    known = OmegaConf.to_container(OmegaConf.load(RATES)) if RATES.is_file() else {}
+    assert isinstance(known, dict)
+    of_model = known.get(config.model.name, {})
+    rates = of_model.get(method, of_model.get("*"))
+    if rates is None:
+        what = f"method {method} on " if of_model else ""
+        raise UserError(
+            f"trainer.lr=null, but {RATES} has no rate for {what}model {config.model.name}; give "
+            "trainer.lr, such as trainer.lr=1e-3"
+        )
+    if isinstance(rates, int | float):
+        return float(rates)
+    return float(rates[min(rates, key=lambda known: abs(math.log(known / max(rank, 1))))])
 
 
 def typed_config(node: DictConfig) -> Config:
@@ -601,10 +638,11 @@ def validate(config: Config) -> None:
     _choice("trainer.round_steps", trainer.round_steps, ("nearest", "up"))
     for key in ("max_steps", "micro_batch", "save_every"):
         _positive(f"trainer.{key}", getattr(trainer, key), optional=True)
-    if not 0 <= trainer.lr * trainer.weight_decay <= 1:
+    if not 0 <= trainer.rate * trainer.weight_decay <= 1:
         raise UserError(
             f"trainer.weight_decay={trainer.weight_decay} must be 0 or a positive number of at "
-            f"most 1 / trainer.lr = {1 / trainer.lr:g}: a step takes their product off the factors"
+            f"most 1 / trainer.lr = {1 / trainer.rate:g}: a step takes their product off the "
+            "factors"
         )
     _positive("dataset.max_length", config.dataset.max_length)
     _positive("dataset.limit", config.dataset.limit, optional=True)

@@ -105,7 +105,7 @@ class WandbTracker(Tracker):
         self.train_ranks = config.train_ranks
         self.drawn_ranks = build_method(config).ranks
         self.shown: set[RowKey] = set()
-        group, lr = run_group(config), f"lr{config.trainer.lr:g}"
+        group, lr = run_group(config), f"lr{config.trainer.rate:g}"
         try:
             self.run = wandb.init(
                 project=config.tracking.project,

@@ -33,7 +33,7 @@ def show_plan(
             rate = "the best lr" if group.lr is None else f"lr {group.lr:g}"
             parts = [f"{rate}, seeds {seeds}: {_finished(group.final)}"]
             if group.search:
-                tried = dict.fromkeys(f"{run.config.trainer.lr:g}" for run in group.search)
+                tried = dict.fromkeys(f"{run.config.trainer.rate:g}" for run in group.search)
                 lrs = ", ".join(tried)
                 on = f"on seed {group.seeds[0]}: {_finished(group.search)}"
                 parts.insert(0, f"search lr {lrs} {on}")

@@ -216,7 +216,7 @@ class _Maker:
     def makes(self, record: Record, group: Group | None) -> bool:
         """Whether the record is one of the row, at its own rate, epochs and seed."""
         config = read_config(record.config, record.name)
-        epochs, lr, seed = config.trainer.epochs, config.trainer.lr, config.seed
+        epochs, lr, seed = config.trainer.epochs, config.trainer.rate, config.seed
         if epochs not in self.epochs:
             return False
         if config.dataset.validation == search.HELD_OUT:

@@ -24,6 +24,7 @@ from reproduce_options import AXES, CONFIGS, Options
 from matryoshka_lora.cli import text_of
 from matryoshka_lora.config import (
     Config,
+    known_rate,
     quote_texts,
     read_config,
     run_hash,
@@ -81,8 +82,9 @@ class Run:
                 fingerprints = self.inputs.fingerprints | _task_fingerprints(self.config)
                 wanted = wanted_points(self.config, fingerprints)
                 self._record = finished_record(folder, wanted)
-                if self._record is None and self.published and has_points(self.published, wanted):
-                    self._record = self.published
+                old = self.published
+                if self._record is None and old is not None and old.status == "finished":
+                    self._record = old if has_points(old, wanted) else None
         return self._record
 
     def ended(self) -> Record | None:
@@ -113,7 +115,7 @@ class Run:
 
     def is_pending(self) -> bool:
         """Whether the run is to be started: it is not finished, its learning rate is chosen."""
-        if math.isnan(self.config.trainer.lr) or self.finished() is not None:
+        if math.isnan(self.config.trainer.rate) or self.finished() is not None:
             return False
         return not (self.config.dataset.validation and self.diverged())
 
@@ -217,7 +219,7 @@ def merged(runs: Iterable[Run]) -> list[Run]:
     found: dict[str, Run] = {}
     for run in runs:
         key = json.dumps(
-            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.lr}
+            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.rate}
         )
         if run.inputs is not None:
             key = run.inputs.run_hash
@@ -294,7 +296,8 @@ class Planner:
     ) -> Group:
         fixed = self.fixed(chosen)
         if not lrs:
-            lrs = [self.composed(fixed).trainer.lr]
+            config = self.composed(fixed)
+            lrs = [known_rate(config) if config.trainer.lr is None else config.trainer.lr]
 
         @functools.cache
         def final(training: int, lr: float | None) -> list[Run]:
@@ -357,6 +360,8 @@ class Planner:
         for key, value in settings.items():
             section, _, name = key.rpartition(".")
             setattr(getattr(config, section) if section else config, name, value)
+        if undecided:
+            config.trainer.lr = 1.0
         validate(config)
         if undecided:
             config.trainer.lr = math.nan  # stands in the table's hole; never run

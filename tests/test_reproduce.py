@@ -3,11 +3,14 @@
 import dataclasses
 import math
 import re
+import shutil
 from pathlib import Path
 
 import estimate
+import evidence
 import grid
 import pytest
+import rates
 import reproduce
 import reproduce_options
 import tiny_lm
@@ -16,13 +19,16 @@ from hydra.errors import ConfigCompositionException
 from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
+from matryoshka_lora import config as settings_of_config
 from matryoshka_lora.cli import one_line, parse_options
 from matryoshka_lora.config import build_config, wanted_points
 from matryoshka_lora.inputs import prepare
+from matryoshka_lora.methods import METHODS
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
+GRID = ["table2", "model=llama3_1b", "lrs=0.006", "scalings=none", "ranks=32", "recipe=default"]
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +43,8 @@ def local(tmp_path_factory) -> list[str]:
     tiny_lm.model().save_pretrained(folder / "model")
     tiny_lm.tokenizer().save_pretrained(folder / "model")
     tiny_lm.write_jsonl(folder / "data" / "train.jsonl", tiny_lm.word_problems(20, 0))
-    return [f"model.path={folder}/model", f"dataset.path={folder}/data"]
+    # The task is the embedded one, because the content of its test set is asked for.
+    return [f"model.path={folder}/model", f"dataset.path={folder}/data", "eval=arithmetic"]
 
 
 @pytest.fixture
@@ -61,8 +68,12 @@ def trained(monkeypatch):
         fingerprints = inputs.fingerprints | content_of_tasks(config)
         errors = [fails[text] for text in job.overrides if text in fails]
         loss = abs(math.log(config.trainer.lr / 3e-4))
-        row = Row("validation", 0, None, None, 1, config.eval.rules[0], "loss", loss, None, 1, None)
-        rows = [dataclasses.replace(row, rank=rank) for rank in config.eval_ranks]
+        row = Row("validation", 0, None, None, 1, "svd", "loss", loss, None, 1, None)
+        rows = [
+            dataclasses.replace(row, rank=rank, rule=rule)
+            for rule in config.eval.rules or ["prefix", "trained", "svd"]
+            for rank in config.eval_ranks
+        ]
         if config.eval.tasks:
             value = config.seed / 1e4
             rows = [dataclasses.replace(r, task="t", metric="acc", value=value) for r in rows]
@@ -93,93 +104,96 @@ def trained(monkeypatch):
     return ran, fails
 
 
-def test_table2_tiny_is_four_methods_and_a_dedicated_lora(local, tmp_path, trained, capsys):
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
+def test_a_grid_is_its_methods_and_seeds(local, tmp_path, trained, capsys):
+    arguments = [*GRID, *local, f"output_dir={tmp_path}"]
     assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
-    assert "15 runs, 0 finished, 15 to do" in shown and "estimated time: unknown" in shown
+    assert "12 runs, 0 finished, 12 to do" in shown and "estimated time: unknown" in shown
     ran, _ = trained
     assert ran == []
     assert not (tmp_path / "records").exists()
 
     assert main([*arguments, "methods=lora,dylora"]) == 0
-    assert len(ran) == 9
+    assert len(ran) == 6
     capsys.readouterr()
     assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
-    # 6 runs of R=32 and their 90 s each are known from lora and dylora.
-    assert "15 runs, 9 finished, 6 to do" in shown and "estimated time: 9 min" in shown
+    # 6 runs and their 90 s each are known from lora and dylora.
+    assert "12 runs, 6 finished, 6 to do" in shown and "estimated time: 9 min" in shown
 
     assert main(arguments) == 0
-    assert len(ran) == 15
+    assert len(ran) == 12
     settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
     assert {s["seed"] for s in settings} == {"42", "666", "2408"}
-    assert [s["adapter.rank"] for s in settings].count("1") == 3
     assert {s["method"] for s in settings} == {"lora", "dylora", "matryoshka", "nested_dropout"}
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        lr = str(compose("train", ["model=tiny"]).trainer.lr)
-    assert all(s["trainer.lr"] == lr and s["adapter.scaling"] == "none" for s in settings)
-    assert len(find_records(tmp_path / "records" / "table2-tiny", "*.json")) == 15
-    for path in ("tables/table2-tiny.csv", "tables/table2-tiny.md", "tables/table2-tiny.tex"):
+    assert all(s["trainer.lr"] == "0.006" and s["adapter.scaling"] == "none" for s in settings)
+    assert len(find_records(tmp_path / "records" / "table2-llama3_1b", "*.json")) == 12
+    for path in (
+        "tables/table2-llama3_1b.csv",
+        "tables/table2-llama3_1b.md",
+        "tables/table2-llama3_1b.tex",
+    ):
         assert (tmp_path / path).is_file()
-    assert (tmp_path / "figures/table2-tiny.png").is_file()
-    assert "tables/table2-tiny.md" in capsys.readouterr().out
+    assert (tmp_path / "figures/table2-llama3_1b.png").is_file()
+    assert "tables/table2-llama3_1b.md" in capsys.readouterr().out
 
     assert main(arguments) == 0
-    assert len(ran) == 15, "finished runs are not run again"
+    assert len(ran) == 12, "finished runs are not run again"
 
 
 def test_a_failed_job_leaves_a_hole_and_is_the_only_one_to_run_again(
     local, tmp_path, trained, capsys
 ):
     ran, fails = trained
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
+    arguments = [*GRID, *local, f"output_dir={tmp_path}"]
     arguments += ["methods=lora,matryoshka", "seeds=42,666"]
     fails["method=matryoshka"] = "OutOfMemoryError: no memory"
     assert main(arguments) == 1
     shown = capsys.readouterr()
-    assert len(ran) == 6  # two of them dedicated
+    assert len(ran) == 4
     assert shown.err.count("OutOfMemoryError: no memory") == 2 and "a.log" in shown.err
-    table = (tmp_path / "tables" / "table2-tiny.md").read_text()
+    table = (tmp_path / "tables" / "table2-llama3_1b.md").read_text()
     assert "missing: MatryoshkaLoRA" in table and "seed 666" in table
-    records = find_records(tmp_path / "records" / "table2-tiny", "*.json")
-    assert len(records) == 4
+    records = find_records(tmp_path / "records" / "table2-llama3_1b", "*.json")
+    assert len(records) == 2
     fails.clear()
     assert main(arguments) == 0
-    assert len(ran) == 8
-    assert "missing" not in (tmp_path / "tables" / "table2-tiny.md").read_text()
+    assert len(ran) == 6
+    assert "missing" not in (tmp_path / "tables" / "table2-llama3_1b.md").read_text()
 
 
 def test_other_seeds_of_the_grid_stay_and_are_reported(local, tmp_path, trained, caplog, capsys):
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}"]
-    folder = tmp_path / "records" / "table2-tiny"
+    arguments = [*GRID, *local, f"output_dir={tmp_path}"]
+    folder = tmp_path / "records" / "table2-llama3_1b"
     assert main([*arguments, "methods=matryoshka", "seeds=42,666"]) == 0
     before = {path: path.read_bytes() for path in find_records(folder, "*.json")}
     assert main([*arguments, "methods=matryoshka,lora", "seeds=2408"]) == 0
     there = find_records(folder, "*.json")
-    assert len(there) == 5  # with a dedicated LoRA
+    assert len(there) == 4
     assert all(path.read_bytes() == content for path, content in before.items())
-    table = (tmp_path / "tables" / "table2-tiny.md").read_text()
+    table = (tmp_path / "tables" / "table2-llama3_1b.md").read_text()
     assert "| MatryoshkaLoRA | prefix | 0.006 | 3 |" in re.sub(" +", " ", table)
     assert "not of this grid" not in caplog.text
     assert "2 more records of this grid" in capsys.readouterr().out
     # The same as `make report` writes.
-    paths = write_report("table2-tiny", [read_record(path) for path in there], tmp_path / "again")
+    paths = write_report(
+        "table2-llama3_1b", [read_record(path) for path in there], tmp_path / "again"
+    )
     assert paths[1].read_text() == table or table in {
         p.read_text() for p in paths if p.suffix == ".md"
     }
 
 
 def test_records_of_other_grids_are_removed_only_when_told(local, tmp_path, trained, caplog):
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
-    folder = tmp_path / "records" / "table2-tiny"
+    arguments = [*GRID, *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    folder = tmp_path / "records" / "table2-llama3_1b"
     assert main([*arguments, "seeds=42", "trainer.max_steps=7"]) == 0
     (other,) = find_records(folder, "*.json")
     (broken := folder / "broken.json").write_text("{")
     assert main([*arguments, "seeds=42,666"]) == 0
     assert len(find_records(folder, "*.json")) == 4 and broken.read_text() == "{"
     assert "2 records are not of this grid; they stay" in caplog.text and other.name in caplog.text
-    table = re.sub(" +", " ", (tmp_path / "tables" / "table2-tiny.md").read_text())
+    table = re.sub(" +", " ", (tmp_path / "tables" / "table2-llama3_1b.md").read_text())
     assert "| MatryoshkaLoRA | prefix | 0.006 | 2 |" in table and "max_steps" not in table
     assert main([*arguments, "seeds=666", "prune=1"]) == 0
     assert {read_record(path).config["seed"] for path in find_records(folder, "*.json")} == {
@@ -192,8 +206,8 @@ def test_records_of_other_grids_are_removed_only_when_told(local, tmp_path, trai
 def test_a_record_under_an_older_name_gives_way_to_that_of_the_same_run(
     local, tmp_path, trained, caplog
 ):
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
-    folder = tmp_path / "records" / "table2-tiny"
+    arguments = [*GRID, *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    folder = tmp_path / "records" / "table2-llama3_1b"
     assert main([*arguments, "seeds=42,666"]) == 0
     for path in find_records(folder, "*.json"):
         record = dataclasses.replace(read_record(path), run_hash="01234567")
@@ -203,13 +217,6 @@ def test_a_record_under_an_older_name_gives_way_to_that_of_the_same_run(
     names = [path.name for path in find_records(folder, "*.json")]
     assert len(names) == 2 and ["01234567" in name for name in names] == [False, True]
     assert "seed42-01234567.json: the record of the same run has a new name" in caplog.text
-
-
-def test_the_committed_records_of_table2_are_of_its_grid():
-    planner = grid.Planner(parse_options(reproduce.Options, ["table2", "model=tiny", "seeds=42"]))
-    (table,) = planner.tables()
-    records = find_records(ROOT / "results" / "records" / "table2-tiny", "*.json")
-    assert len(records) == 15 and all(table.holds(read_record(path)) for path in records)
 
 
 def test_several_learning_rates_are_searched_on_held_out_records(local, tmp_path, trained, capsys):
@@ -229,8 +236,9 @@ def test_several_learning_rates_are_searched_on_held_out_records(local, tmp_path
         assert s["eval.ranks"] == ("[4]" if s["method"] == "lora" else "[1,2,4]")
     assert {s["trainer.lr"] for s in final} == {"0.0003"}
     assert not any("dataset.validation" in s for s in final)
-    for table in ("table2-llama3_1b", "table2-llama3_1b-search"):
-        assert len(find_records(tmp_path / "records" / table, "*.json")) == 4
+    # Those that diverged are published, too.
+    for table, number in (("table2-llama3_1b", 4), ("table2-llama3_1b-search", 6)):
+        assert len(find_records(tmp_path / "records" / table, "*.json")) == number
         assert (tmp_path / "tables" / f"{table}.md").is_file()
     ran.clear()
     assert main(arguments) == 0 and ran == []
@@ -318,7 +326,10 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tabel2"], "table=tabel2 is unknown; allowed: table2, table3 .did you mean table2"),
+        (
+            ["tabel2"],
+            "table=tabel2 is unknown; allowed: .* smollm2 .did you mean table2",
+        ),
         (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
         (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
         (["table2", "seeds=1,1"], "each once"),
@@ -335,11 +346,11 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
         (["table2", "sedes=1"], "'sedes' is unknown.*did you mean seeds"),
         (["table2", "tiny"], "'tiny' is not key=value"),
         (["table2", "limit=1", "limit=2"], "given twice"),
-        (["table2", "model=tiny", "scalings=cube"], "adapter.scaling=cube is unknown"),
-        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must be from 0"),
-        (["table2", "model=tiny", "lrs=0"], "trainer.lr=0.0 must be a positive number"),
-        (["table2", "model=tiny", "ranks=0"], "adapter.rank=0"),
-        (["table2", "model=tiny", "dataset.path=nowhere"], "nowhere is not a folder"),
+        ([*GRID[:2], "limit=3", "scalings=cube"], "adapter.scaling=cube is unknown"),
+        ([*GRID[:2], "limit=3", "seeds=-1"], "seed=-1 must be"),
+        ([*GRID[:2], "limit=3", "lrs=0"], "trainer.lr=0.0 must be a positive number"),
+        ([*GRID[:2], "limit=3", "ranks=0"], "adapter.rank=0"),
+        ([*GRID, "dataset.path=nowhere"], "nowhere is not a folder"),
         (["table2", "model=llama3_1b,llama3_8b", "model.path=x"], "model.path= is for one model"),
     ],
 )
@@ -352,8 +363,108 @@ def test_a_mistake_is_one_error_before_anything_starts(
     assert trained[0] == []
 
 
+EVIDENCE = """
+model: tiny
+seeds: [42, 666]
+epochs: [2, 3]
+settings: {adapter.rank: 4}
+rows:
+  - {name: one, rules: [trained], rates: [1e-3, 2e-3], ranks: [1], seeds: 2,
+     settings: {method: lora, adapter.rank: 1}}
+  - {name: prefix, rules: [prefix], rates: [1e-3], seeds: 1, epochs: [3],
+     settings: {method: matryoshka}}
+  - {name: svd, rules: [svd, trained], rates: [2e-3], seeds: 2, epochs: [3],
+     settings: {method: matryoshka}}
+"""
+
+
+def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
+    local, tmp_path, trained, monkeypatch, capsys
+):
+    ran, fails = trained
+    (tmp_path / "evidence").mkdir()
+    (path := tmp_path / "evidence" / "table2_tiny.yaml").write_text(EVIDENCE)
+    monkeypatch.setattr(evidence, "CONFIGS", tmp_path)
+    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path / 'out'}"]
+    fails["trainer.lr=0.002"] = "FloatingPointError: loss is nan at step 3"
+    assert main([*arguments, "only=search", "rows=one"]) == 0
+    searched = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
+    tried = {(s["trainer.epochs"], s["trainer.lr"]) for s in searched}
+    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.002", "0.001"} | {
+        "0.0005", "0.00025", "0.00013"}  # fmt: skip
+    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.001", "0.002"}
+    ran.clear()
+    fails.clear()
+    assert main(arguments) == 0
+    settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
+    search = [s for s in settings if "dataset.validation" in s]
+    final = [s for s in settings if "dataset.validation" not in s]
+    # Both rows of one training are searched in one run, the baseline's search was over.
+    assert {s["method"] for s in search} == {"matryoshka"}
+    assert all(s["eval.rules"] == "[prefix,svd]" for s in search)
+    assert len({s["trainer.lr"] for s in search}) == len(search) == 5
+    assert sorted((s["method"], s["trainer.lr"], s["seed"], s["eval.rules"]) for s in final) == [
+        ("lora", "0.00025", "42", "[trained]"),
+        ("lora", "0.00025", "666", "[trained]"),
+        ("matryoshka", "0.00025", "42", "[prefix,trained,svd]"),
+        ("matryoshka", "0.00025", "666", "[svd,trained]"),
+    ]
+    tables = tmp_path / "out" / "tables"
+    assert "diverged" in (tables / "table2-tiny-search-rates.md").read_text()
+    # What is published is finished, also where the runs are gone.
+    ran.clear()
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert main(arguments) == 0 and ran == []
+    # At the default 3 epochs, of the first row with the method and R.
+    monkeypatch.setattr(rates, "CONFIGS", tmp_path)
+    (written := tmp_path / "rates.yaml").write_text("# kept\nother: {'*': 0.1}\n")
+    rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
+    assert written.read_text() == (
+        "# kept\nother:\n  '*': 0.1\ntiny:\n  lora:\n    1: 0.001\n  matryoshka:\n    4: 0.00025\n"
+    )
+    for other, message in (
+        ("rows=won", "rows=won is unknown.*did you mean one"),
+        ("methods=lora", "methods= is of a grid; give rows="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*arguments, other])
+    path.write_text(EVIDENCE.replace("rates: [2e-3]", "rate: [2e-3]"))
+    with pytest.raises(ValueError, match="table2_tiny.yaml: Key 'rate' not in"):
+        main(arguments)
+
+
+def test_committed_rows_compose_and_name_known_rates():
+    for path in sorted((ROOT / "configs" / "evidence").glob("*.yaml")):
+        given = evidence.read_evidence(path)
+        assert len(given.rows) == 18 and (ROOT / f"configs/model/{given.model}.yaml").is_file()
+        for row in given.rows:
+            assert (ROOT / f"configs/method/{row.settings['method']}.yaml").is_file() or (
+                row.settings["method"] not in METHODS
+            )
+
+
+def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        compositions = {
+            key: compose("train", key.split()) for key in
+            ("model=tiny", "model=llama3_8b", "model=tiny trainer.lr=0.5",
+             "model=tiny method=lora adapter.rank=3", "model.name=other trainer.lr=null")
+        }  # fmt: skip
+    assert build_config(compositions["model=tiny"]).trainer.lr == 6e-3
+    assert build_config(compositions["model=llama3_8b"]).trainer.lr == 3e-4
+    assert build_config(compositions["model=tiny trainer.lr=0.5"]).trainer.lr == 0.5
+    with pytest.raises(ValueError, match="no rate for model other; give trainer.lr"):
+        build_config(compositions["model.name=other trainer.lr=null"])
+    (known := tmp_path / "rates.yaml").write_text("tiny: {lora: {1: 0.2, 4: 0.1, 32: 0.01}}")
+    monkeypatch.setattr(settings_of_config, "RATES", known)
+    nearest = compositions["model=tiny method=lora adapter.rank=3"]
+    assert build_config(nearest).trainer.lr == 0.1
+    with pytest.raises(ValueError, match="no rate for method matryoshka on model tiny"):
+        build_config(compositions["model=tiny"])
+
+
 def test_unknown_keys_and_corrupt_records_are_named(local, tmp_path, trained):
-    arguments = ["table2", "model=tiny", *local, f"output_dir={tmp_path}", "methods=matryoshka"]
+    arguments = [*GRID, *local, f"output_dir={tmp_path}", "methods=matryoshka"]
     with pytest.raises(ConfigCompositionException) as caught:
         main([*arguments, "trainer.epohcs=2"])
     assert "epohcs" in one_line(caught.value) and "did you mean epochs" in one_line(caught.value)

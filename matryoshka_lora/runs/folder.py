@@ -82,5 +82,5 @@ def run_path(config: "Config", hash8: str) -> Path:
         / config.dataset.name
         / short_name(config.model.name)
         / f"{config.method.name}-r{adapter.rank}-{adapter.scaling}"
-        / f"lr{config.trainer.lr:g}-seed{config.seed}-{hash8}"
+        / f"lr{config.trainer.rate:g}-seed{config.seed}-{hash8}"
     )

@@ -59,7 +59,7 @@ def fit(
     device = next(iter(parameters.values())).device
     optimizer = torch.optim.AdamW(
         parameters.values(),
-        lr=settings.lr,
+        lr=settings.rate,
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=settings.weight_decay,
@@ -107,7 +107,7 @@ def fit(
             square_norms = rank_square_norms(parameters)
             norm = square_norms.sum().sqrt()
             clip(parameters, norm, settings.clip_norm)
-            lr = settings.lr * (1 - step / steps)
+            lr = settings.rate * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
