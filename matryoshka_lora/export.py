@@ -64,7 +64,7 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         )
     try:
         check_rank(rank, run.spec.rank)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
     if trained_rank(run, rank, rule) is False:
         logger.warning(

@@ -43,7 +43,7 @@ class Tokens:
 
 
 def prepare(config: Config) -> Inputs:
-    """Read the data and identify the model. Raises ValueError for whatever is wrong with either."""
+    """Read the data and identify the model. Raises UserError for whatever is wrong with either."""
     build_method(config)  # knows whether the method exists
     source_of(config.model)  # knows whether a folder is one of a model, before anything is read
     records = load_records(config.dataset)

@@ -55,7 +55,7 @@ class Run:
         return tuple(f"{key}={text}" for key, text in self.settings.items())
 
     def finished(self) -> Record | None:
-        """The record, if nothing of the run is missing. Raises ValueError if it is corrupt."""
+        """The record, if nothing of the run is missing. Raises UserError if it is corrupt."""
         if self._record is None and self.inputs is not None:
             self._record = finished_record(self.config, RunFolder(self.inputs.folder))
         return self._record

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from matryoshka_lora.core.diagonals import check_rank, sub_rank_scale
+from matryoshka_lora.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class AdapterSpec:
     """Whether each layer has a learned factor `lora_gate` (R,) of the diagonal."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a diagonal of another length than R, and an unknown scaling."""
+        """Raises UserError for a diagonal of another length than R, and an unknown scaling."""
         check_rank(self.rank, self.rank)
         sub_rank_scale(self.rank, self.scaling)
         if len(self.p_full) != self.rank:
-            raise ValueError(f"a diagonal of {len(self.p_full)} entries for rank {self.rank}")
+            raise UserError(f"a diagonal of {len(self.p_full)} entries for rank {self.rank}")

@@ -37,7 +37,7 @@ def tokenize(
     """The examples, and the counts `records`, `used`, `truncated` and `fully_masked`.
 
     An example longer than `max_length` tokens loses its end (`truncated`); one that keeps no label
-    is left out (`fully_masked`). Raises ValueError if no example is left, or if the tokenizer has
+    is left out (`fully_masked`). Raises UserError if no example is left, or if the tokenizer has
     no end-of-text token.
     """
     eos = tokenizer.eos_token_id

@@ -31,7 +31,7 @@ def write_report(
     """Write `tables/<name>.{csv,md,tex}` and `figures/<name>.{png,pdf}` below `results_dir`.
 
     Returns the five paths. The files depend on the arguments alone, not on the order of the
-    records or on the clock. `planned`: see `rank_tables`, whose ValueErrors this raises, too.
+    records or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
     """
     results_dir = Path(results_dir)
     tables = rank_tables(records, planned)

@@ -16,7 +16,7 @@ def is_trained(folder: RunFolder, record: Record) -> bool:
 
 
 def finished_record(config: Config, folder: RunFolder) -> Record | None:
-    """The run's record if training and every point asked for are in it. ValueError if corrupt."""
+    """The run's record if training and every point asked for are in it. UserError if corrupt."""
     if config.force or not folder.record.exists():
         return None
     record = read_record(folder.record)

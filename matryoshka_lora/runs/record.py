@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import parse_json, write_atomically
 from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
 from matryoshka_lora.runs.folder import RECORD
 
@@ -78,9 +78,8 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        return _parse_record(document)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return _parse_record(parse_json(path.read_bytes(), parse_constant=_refuse_constant))
+    except ValueError as error:
         raise UserError(
             f"{path} is not a valid run record: {error}. The file is left alone; "
             "restore it, or move it away to run again"

@@ -47,7 +47,7 @@ class TrainingState:
     def restore(self, path: Path, content: Any) -> tuple[int, float]:
         """Put the content of a checkpoint in place; returns its step and seconds.
 
-        Raises ValueError naming file and parameter, before anything is changed, unless the names,
+        Raises UserError naming file and parameter, before anything is changed, unless the names,
         shapes and dtypes are those of the parameters.
         """
         _check(path, content, self.parameters)
@@ -85,7 +85,7 @@ class Checkpoints:
     def resume(self, state: TrainingState) -> tuple[int, float]:
         """Restore the newest checkpoint that can be read; returns the steps done and seconds spent.
 
-        (0, 0.0) if there is none. Raises ValueError if it is not a checkpoint of this training.
+        (0, 0.0) if there is none. Raises UserError if it is not a checkpoint of this training.
         """
         found = newest_checkpoint(self.folder, set_aside=self.writes)
         self._saved = time.monotonic()

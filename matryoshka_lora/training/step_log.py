@@ -65,7 +65,7 @@ class StepLog:
     def start(self, first: int) -> None:
         """Keep the entries of the steps before `first` and drop later ones: they are done again.
 
-        Raises ValueError if the file lacks entries of steps that the checkpoint has behind it.
+        Raises UserError if the file lacks entries of steps that the checkpoint has behind it.
         """
         if self.path.is_file():
             # What follows the last newline is half a line that a killed process left.
