@@ -19,7 +19,6 @@ from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
 from matryoshka_lora.runs.folder import RECORD
 
 SCHEMA = 1
-RULES = ("base", "prefix", "trained", "svd")
 Status = Literal["training", "evaluating", "finished", "failed"]
 
 

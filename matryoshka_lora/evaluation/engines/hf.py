@@ -2,7 +2,7 @@
 
 Slow and simple; every other engine must agree with it, and it with the harness's command line. In
 half precision they agree only where all use the same attention kernel: see
-`pipeline.make_accelerator`.
+`processes.make_accelerator`.
 """
 
 import copy
