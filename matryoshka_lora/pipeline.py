@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -175,7 +176,8 @@ def evaluate(
     plan = plan_points(
         adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
-    facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
+    facts: dict[str, Any] = {"seconds": 0.0, "finished": []} | (record.evaluation or {})
+    record.evaluation = facts
     spent, began = facts["seconds"], time.monotonic()
 
     def on_point(source: Source, point: Point, rows: list[Row]) -> None:

@@ -34,7 +34,7 @@ def record(**changes):
         git={"sha": "abc", "dirty": False},
         versions={"python": "3.12.0"},
         device={"name": "cpu", "count": 1},
-        model={"name": "tiny"},
+        model={"name": "tiny", "revision": None},
         data={"fingerprint": "f00", "used": 10, "truncated": 0, "fully_masked": 0},
         training={"steps": 3, "loss": 1.25, "peak_memory_gib": None},
         rows=[

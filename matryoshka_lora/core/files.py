@@ -49,7 +49,11 @@ def naming(path: Path, state: str, *others: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, *others) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, *others)):
+            raise
         code, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
         raise CannotWrite(code, f"cannot write {path} ({reason or error}); {state}") from error
 

@@ -27,7 +27,7 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
         if path.suffix == ".json":
             content = parse_json(data)
             if not isinstance(content, list):
-                raise UserError("not a list of objects")
+                raise UserError("something else: expected a list of objects")
             return [(f"entry {n}", row) for n, row in enumerate(content, 1)]
         # Not splitlines(), which also splits at separators that JSON strings may hold.
         lines = enumerate(data.split(b"\n"), 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import naming
 from matryoshka_lora.methods import Hooks
 
 logger = logging.getLogger(__name__)
@@ -156,18 +157,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"checkpoint {path} could not be written ({error}); the last good one is kept: free "
-            "some space and run the same command again"
-        ) from error
+    kept = "the last good one is kept: free some space and run the same command again"
+    # torch reports a failed write as RuntimeError.
+    with naming(path, kept, RuntimeError):
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     left = [*folder.glob(f"*{UNREADABLE}"), *folder.glob("*.tmp")]  # .tmp: of a killed process
     for old in [*_checkpoints(folder)[:-KEPT], *left]:
         old.unlink()

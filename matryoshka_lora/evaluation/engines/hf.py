@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.core.adapter import diagonal
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.engines.protocol import Output, Outputs, Point, Request
 
 
