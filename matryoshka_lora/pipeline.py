@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from matryoshka_lora.comparison import note_run
 from matryoshka_lora.config import Config, build_method, wanted_points
 from matryoshka_lora.core.adapter import adapter_spec
 from matryoshka_lora.core.errors import UserError
@@ -231,6 +232,7 @@ def report(record: Record, folder: RunFolder) -> Path | None:
 
     Returns the plot as PNG, or None where the record has no rows for one.
     """
+    note_run(folder.record)
     tables = run_tables(record)
     print(f"\n{format_run_table(record)}\n")
     if not tables:

@@ -6,11 +6,17 @@ from typing import Any
 
 from matryoshka_lora.reporting.curves import RankTable, rank_table, rank_tables, run_tables
 from matryoshka_lora.reporting.plots import plot_tables
-from matryoshka_lora.reporting.tables import format_run_table, table_frame, write_tables
+from matryoshka_lora.reporting.tables import (
+    format_comparison,
+    format_run_table,
+    table_frame,
+    write_tables,
+)
 from matryoshka_lora.runs.record import Record
 
 __all__ = [
     "RankTable",
+    "format_comparison",
     "format_run_table",
     "plot_tables",
     "rank_table",
