@@ -7,6 +7,9 @@ LIMIT ?=
 GPUS ?=
 SEEDS ?=
 LRS ?=
+# Jobs that share a GPU; or so many threads of the CPU, one job each.
+WORKERS ?=
+SLOTS ?=
 DRY ?=
 # Further options: make reproduce-table2 ARGS="dataset.path=data/gsm8k eval.data_path=data"
 ARGS ?=
@@ -15,10 +18,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),gpus=$(GPUS)) \
-       $(if $(SEEDS),seeds=$(SEEDS)) $(if $(LRS),lrs=$(LRS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
+       $(if $(SEEDS),seeds=$(SEEDS)) $(if $(LRS),lrs=$(LRS)) $(if $(WORKERS),workers_per_gpu=$(WORKERS)) \
+       $(if $(SLOTS),slots=$(SLOTS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
+SMOLLM2 := models/SmolLM2-135M-Instruct
 
 .PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
-        reproduce-table3 benchmark-training benchmark-sweep
+        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -62,6 +67,10 @@ reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded d
 
 reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
+
+reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2; DRY=1 only plans
+	$(BIN)/python scripts/prepare_smollm2.py
+	$(BIN)/python scripts/reproduce.py smollm2 model.path=$(SMOLLM2) $(GRID)
 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU

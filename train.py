@@ -5,10 +5,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from matryoshka_lora.cli import exit_with_one_line, past_hydra, show_help
-from matryoshka_lora.config import Config, build_config
+from matryoshka_lora.cli import exit_with_one_line, is_swept, past_hydra, show_help
+from matryoshka_lora.config import Config, build_config, check_given, quote_texts
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -18,7 +19,9 @@ def main(node: DictConfig) -> None:
     with past_hydra():
         from matryoshka_lora.pipeline import run
 
-        run(build_config(node))
+        config = build_config(node)
+        check_given(config, HydraConfig.get().overrides.task, swept=is_swept())
+        run(config)
 
 
 if __name__ == "__main__":
@@ -26,4 +29,5 @@ if __name__ == "__main__":
         show_help(Path(__file__).parent / "configs")
     else:
         with exit_with_one_line():
+            sys.argv[1:] = quote_texts(sys.argv[1:])
             main()

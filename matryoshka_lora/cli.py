@@ -32,6 +32,8 @@ EXAMPLES = """\
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True} | dict.fromkeys(
     ("false", "0", "no", "off"), False
 )
+JOB = "MATRYOSHKA_LORA_JOB"
+"""Set in the environment of the jobs of a queue."""
 # What the user can mend, beside an OSError that names its file. A ValueError of a library is none:
 # where a file of the user is read, it is made a UserError that names the file.
 OF_THE_USER = (
@@ -210,6 +212,11 @@ class _PastHydra(BaseException):
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
+
+
+def is_swept() -> bool:
+    """In a function that Hydra runs: whether this run is one of several of a sweep or a grid."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN or JOB in os.environ
 
 
 def environment_of_children() -> dict[str, str]:

@@ -40,7 +40,7 @@ class Comparison(Callback):
         path.unlink()
         if len(found) > 1:
             # Not at the top: pandas, which a single run needs at its end alone.
-            from matryoshka_lora.reporting import format_comparison
+            from matryoshka_lora.reporting import format_multirun
             from matryoshka_lora.runs.record import read_record
 
-            print(f"\n{format_comparison([read_record(record) for record in found])}", flush=True)
+            print(f"\n{format_multirun([read_record(record) for record in found])}", flush=True)

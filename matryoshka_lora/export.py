@@ -2,15 +2,17 @@
 
 Both can be read without this package. A sub-rank of a nested adapter is a LoRA of that rank: the
 first r rows of A, the first r columns of B and one number, which PEFT writes as `lora_alpha` over r
-(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it.
+(or over sqrt(r)). Where the diagonal is not one number, A is multiplied by it. Where each layer has
+a rank of its own, PEFT's `rank_pattern` and `alpha_pattern` say so, and a layer of rank 0 is left
+out.
 """
 
 import dataclasses
 import json
 import logging
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.files import naming
-from matryoshka_lora.core.rules import RULES, read
+from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
 from matryoshka_lora.loading import TrainedRun, check_base, read_factors
 from matryoshka_lora.models import (
     DTYPES,
@@ -48,17 +51,21 @@ PEFT_SCALE = {
 
 @dataclasses.dataclass(frozen=True)
 class SubRank:
-    """The update `scale * B A` of each layer: A (r, in), B (out, r), one scale for all of them."""
+    """The update `s_r B A` of each layer: A (r, in), B (out, r), r its own rank."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
+    """Those of layers whose rank is 0 are left out."""
     scaling: str
     """Which `s_r` the scale is: "none", "sqrt" or "rank"."""
+    uniform: bool
+    """Whether all layers have the rank that was asked for."""
 
 
 def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     """The factors that `rule` reads at `rank`, in float32.
 
-    Raises UserError for an unknown rank or rule, and where the adapter file is not the run's.
+    Raises UserError for an unknown rank or rule, one that the adapter cannot be read by, where the
+    adapter file is not the run's, and where it is zero in all layers.
     """
     if rule not in RULES:
         raise UserError(
@@ -73,65 +80,136 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
             "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
         )
     file = read_factors(run)
-    reading = read(file.spec, rank, rule)
-    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, parameter in file.state.items():
-        layer, _, role = name.rpartition(".")
-        layers[layer][role] = parameter
+    reading = read(file.view, rank, rule)
+    uniform = isinstance(reading.p, Tensor)
     found, diagonals = {}, {}
-    for name in sorted(layers):
-        read_here = factors_of(layers[name], file.spec, reading.factors)
-        gate = read_here.get("lora_gate")
-        diagonals[name] = (reading.p if gate is None else reading.p * gate)[:rank]
-        # Copies: a slice of B is not contiguous, and safetensors refuses views of one tensor.
+    for name, trained in sorted(file.layers.items()):
+        read_here = factors_of(trained, file.spec, reading.factors)
+        own = reading.p if isinstance(reading.p, Tensor) else reading.p[name]
+        p = own * read_here["lora_gate"] if "lora_gate" in read_here else own
+        # The first r, some of which may be zero; others only where the rule reads others.
+        taken = torch.arange(rank) if uniform and not p[rank:].any() else p.nonzero()[:, 0]
+        if uniform and len(taken) > rank:
+            raise UserError(f"rule={rule} reads {len(taken)} components at rank {rank}")
+        if not len(taken):
+            continue
+        diagonals[name] = p[taken]
+        # Copies: a part of B is not contiguous, and safetensors refuses views of one tensor.
         found[name] = (
-            read_here["lora_A"][:rank].contiguous().clone(),
-            read_here["lora_B"][:, :rank].contiguous().clone(),
+            read_here["lora_A"][taken].contiguous(),
+            read_here["lora_B"][:, taken].contiguous(),
         )
+    if not found:
+        raise UserError(f"nothing to export: the adapter of {run.folder.path} is zero everywhere")
     # A diagonal of one number, the same in all layers, is a scale of PEFT's.
     for scaling in PEFT_SCALE:
-        p = prefix_diagonal(rank, rank, scaling)
-        if all(torch.equal(own, p) for own in diagonals.values()):
-            return SubRank(found, scaling)
+        if all(
+            torch.equal(own, prefix_diagonal(len(own), len(own), scaling))
+            for own in diagonals.values()
+        ):
+            return SubRank(found, scaling, uniform)
     multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
-    return SubRank(multiplied, "none")
+    return SubRank(multiplied, "none", uniform)
 
 
 def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
-    """Whether the rank is in S; None where the rule reads the SVD, which is valid at every rank."""
-    factors = read(run.spec, rank, rule).factors
-    return None if factors == "svd" else rank in run.config.train_ranks
+    """Whether the rank is in S; None where the rule is valid at every rank."""
+    return rank in run.config.train_ranks if depends_on_trained_ranks(rank, rule) else None
 
 
 def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and without the
-    package peft.
+    What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
+    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and where
+    PEFT cannot carry the adapter.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("format=peft needs the package peft: pip install peft") from None
-
     sub = sub_rank(run, rank, rule)
     alpha, rslora = PEFT_SCALE[sub.scaling]
     state = {}
     for name, (A, B) in sub.factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
+    base = _shape_of_base(run)
     with _new_folder(out) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha(rank),
-            use_rslora=rslora,
-            target_modules=sorted({name.rpartition(".")[2] for name in sub.factors}),
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=_base_of(run.config),
-        ).save_pretrained(str(folder))
+        # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
+        # earlier versions refuse.
+        content: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": _base_of(run.config),
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha(rank),
+            "target_modules": _target_modules(sub.factors, base),
+        }
+        if rslora:
+            content["use_rslora"] = True
+        if not sub.uniform:
+            ranks = {name: len(A) for name, (A, _) in sub.factors.items()}
+            content["target_modules"] = sorted(ranks)
+            content["rank_pattern"] = ranks
+            content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
+        (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        if base is not None:
+            _check_peft(run, base, state, folder)
         _write_provenance(folder, run, rank, rule)
+
+
+def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
+    """The base model without weights; None, with a warning, where it is out of reach."""
+    try:
+        return load_model(run.config.model, torch.device("meta"))
+    except ValueError as error:
+        logger.warning("it was not checked that PEFT can read this: %s", error)
+        return None
+
+
+def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
+    """What PEFT has to be told to adapt these layers: their last name segments, where it can be."""
+    layers = set(layers)
+    short = {name.rpartition(".")[2] for name in layers}
+    names = [] if base is None else [name for name, _ in base.named_modules()]
+    others = any(name.rpartition(".")[2] in short and name not in layers for name in names)
+    return sorted(layers if others else short)
+
+
+def _check_peft(
+    run: TrainedRun, base: PreTrainedModel, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Raise UserError unless PEFT makes exactly the parameters `state` of what is in `folder`.
+
+    base: the base model without weights, which PEFT changes.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        logger.warning("it was not checked that PEFT can read this: peft is not installed")
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is compared below
+            model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True)
+    except Exception as error:  # whatever PEFT raises for layers that it does not know
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        found = {
+            name.replace(".default.", "."): parameter.shape
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name
+        }
+        wrong = sorted(
+            name
+            for name in state.keys() | found.keys()
+            if name not in state or state[name].shape != found.get(name)
+        )
+        if not wrong:
+            return
+        problem = f"it does not read {len(wrong)} of its tensors as they are, such as {wrong[0]}"
+    raise UserError(
+        f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
+    )
 
 
 @torch.no_grad()
@@ -159,11 +237,11 @@ def export_merged(
         tokenizer = load_tokenizer(run.config.model)
         check_base(run)
         model = load_model(run.config.model, where)
-        scale = sub_rank_scale(rank, sub.scaling)
         for name, (A, B) in sub.factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), name
             _check_untied(model, name)
+            scale = sub_rank_scale(len(A), sub.scaling)
             update = scale * (B.to(layer.weight.device) @ A.to(layer.weight.device))
             merged = (layer.weight.float() + update).to(DTYPES[dtype])
             layer.weight = nn.Parameter(merged, requires_grad=False)

@@ -66,9 +66,7 @@ def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]
         examples=len(examples),
         tokens=tokens,
         longest=longest,
-        steps=total_steps(
-            len(examples), trainer.effective_batch, trainer.epochs, trainer.max_steps
-        ),
+        steps=total_steps(len(examples), trainer),
         steps_per_epoch=steps_per_epoch(len(examples), trainer.effective_batch),
         memory=memory,
     )

@@ -1,9 +1,8 @@
 """Base model and tokenizer: the embedded one, a local folder, the hub, or random weights."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import (
 
 from matryoshka_lora.config import ModelConfig, short_name
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +28,7 @@ EMBEDDED = ASSETS / "tiny"
 # Model shapes for random weights where the hub cannot be reached: facts of the public configs.
 SHAPES = ASSETS / "shapes"
 PROVENANCE = "provenance.json"
+"""How a local folder was made."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,14 +53,18 @@ def source_of(config: ModelConfig) -> str:
     return str(EMBEDDED) if config.name == "tiny" else config.name
 
 
+def has_shape_file(config: ModelConfig) -> bool:
+    """Whether the shape is read from a file of this package."""
+    return config.random_weights and config.path is None and _shape_file(config).is_file()
+
+
 def load_shape(config: ModelConfig) -> PretrainedConfig:
     """The model's transformers config.
 
     Raises UserError that says how to get access, or to use a local copy, where it cannot be read.
     """
-    shape = SHAPES / f"{short_name(config.name)}.json"
-    if config.random_weights and config.path is None and shape.is_file():
-        return AutoConfig.for_model(**json.loads(shape.read_text()))
+    if has_shape_file(config):
+        return AutoConfig.for_model(**json.loads(_shape_file(config).read_text()))
     source = source_of(config)
     with _reading(config, source):
         return AutoConfig.from_pretrained(
@@ -86,6 +89,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The frozen base model in `model.dtype` on `device`, in evaluation mode.
 
+    Raises UserError where it cannot be read, and where that needs a package that is not installed.
+
     With `random_weights` the shape is built with transformers' own initialisation from a fixed
     seed; on the meta device nothing is allocated.
     """
@@ -102,15 +107,20 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                 )
     else:
         with _reading(config, source):
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
                 revision=config.revision,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
+                # It would fail with a traceback of shapes; without them it tells which.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-        model = model.to(device)  # type: ignore[arg-type]
+        model, found = loaded
+        _check_weights(source, found)
+        model = model.to(device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -118,6 +128,59 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The repeated blocks of a causal language model: its longest list of modules."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[dict[str, float]]:
+    """No dropout, layer drop or router noise in the base model for the length of a block.
+
+    Their masks would follow how examples are packed and split over processes, whatever the seed.
+    Yields the settings that were not 0, by name, and the log says so; they are back afterwards.
+    """
+    modules = [vars(module) for module in model.modules()]
+    # Some read their config in each forward.
+    used = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = [vars(config) for config in {id(config): config for config in used}.values()]
+    found = [
+        (values, name, value)
+        for values in modules + configs
+        for name, value in values.items()
+        # `p` is nn.Dropout's.
+        if (name == "p" or "drop" in name or "jitter" in name)
+        and isinstance(value, float)
+        and value > 0
+    ]
+    # As the configs name them, where they do.
+    named = [entry for entry in found if any(entry[0] is c for c in configs)] or found
+    switched_off = {"dropout" if name == "p" else name: value for _, name, value in named}
+    if switched_off:
+        logger.warning(
+            "the base model's dropout is switched off in training (%s): its masks would depend on "
+            "how examples are packed and split over processes",
+            ", ".join(f"{name} {value:g}" for name, value in sorted(switched_off.items())),
+        )
+    try:
+        for values, name, _ in found:
+            values[name] = 0.0
+        yield dict(sorted(switched_off.items()))
+    finally:
+        for values, name, value in found:
+            values[name] = value
+
+
+def other_modalities(model: PreTrainedModel) -> list[str]:
+    """Names of the models inside `model` that text does not go through, such as a vision tower."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # a few call a part of their head so
+        return []
+    around = {id(module) for module in decoder.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and id(module) not in around
+        and all(inner is not decoder for inner in module.modules())
+    ]
 
 
 @contextmanager
@@ -130,77 +193,51 @@ def _reading(config: ModelConfig, source: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:  # a quantised checkpoint without its library
+        raise UserError(
+            f"model {source} needs a package that is not installed: {_first_line(error)}"
+        ) from error
     except Exception as error:
-        raise UserError(_unreachable(config, source, error)) from error
+        raise UserError(unreachable(config, source, error)) from error
 
 
-def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
-    # The first two lines: of a failed check of a config, the second says what is wrong.
-    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-    if not isinstance(error, OSError | ValueError):
-        reason = f"{type(error).__name__}: {reason}"
+def _shape_file(config: ModelConfig) -> Path:
+    return SHAPES / f"{short_name(config.name)}.json"
+
+
+def _check_weights(source: str, found: Mapping[str, Any]) -> None:
+    """Raises UserError where weights that the shape announces would be random.
+
+    Weights that have no place in the shape are named by transformers itself.
+    """
+    problems = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
+    for what, entries in problems.items():
+        if entries:
+            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+            raise UserError(
+                f"model {source}: {len(names)} weights that its config.json announces are {what}, "
+                f"such as {names[0]}; restore weights and config.json of one model"
+            )
+
+
+def unreachable(config: ModelConfig, source: str, error: Exception) -> str:
+    """Why a model cannot be read, and what to do."""
     if Path(source).is_dir():
+        # The first two lines: of a failed check of a config, the second says what is wrong.
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         return (
             f"model {source} cannot be read: {reason.rstrip('. ') or repr(error)}; restore the "
             "files of this folder, or name another one by model.path=FOLDER"
         )
     return (
-        f"model {source} (revision {config.revision}) cannot be read: {reason} If the repository "
-        f"is gated, accept its licence on its hub page and run `hf auth login` or set HF_TOKEN; "
-        f"for a local copy set model.path=FOLDER; for the shape alone set model.random_weights=true"
+        f"model {source} (revision {config.revision}) cannot be read: {_first_line(error)} "
+        "If the repository is gated, accept its licence on its hub page and run `hf auth login` or "
+        "set HF_TOKEN; for a local copy set model.path=FOLDER; for the shape alone set "
+        "model.random_weights=true"
     )
 
 
-def model_identity(config: ModelConfig) -> dict[str, Any]:
-    """What tells this base model from another, without loading its weights.
-
-    `config_sha256` of the shape and `weights_sha256` of the safetensors (local folders),
-    `revision`: the commit that the hub resolved, `provenance`: how a local folder was made. No
-    paths, so that the identity is the same on every machine.
-    """
-    identity: dict[str, Any] = {
-        "name": config.name,
-        "random_weights": config.random_weights,
-        "revision": None,
-        "config_sha256": None,
-        "weights_sha256": None,
-        "provenance": None,
-    }
-    if config.path is None and config.name != "tiny":
-        # The shape files hold no commit; a repository that was really read does.
-        identity["revision"] = getattr(load_shape(config), "_commit_hash", None)
-        return identity
-    folder = Path(source_of(config))
-    content = _read_object(folder / "config.json")
-    content.pop("transformers_version", None)
-    identity["config_sha256"] = hashlib.sha256(
-        json.dumps(content, sort_keys=True).encode()
-    ).hexdigest()
-    if not config.random_weights:
-        identity["weights_sha256"] = _header_hash(folder)
-    if (folder / PROVENANCE).is_file():
-        identity["provenance"] = _read_object(folder / PROVENANCE)
-    return identity
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder. Raises UserError naming it."""
-    try:
-        content = parse_json(path.read_bytes())
-    except UserError as error:
-        raise UserError(f"{path} is {error}; restore the files of this model") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object; restore the files of this model")
-    return content
-
-
-def _header_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(length, path.stat().st_size)))
-            # The first weights tell two trainings of one shape apart at no cost.
-            digest.update(file.read(1 << 20))
-        digest.update(str(path.stat().st_size).encode())
-    return digest.hexdigest()
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

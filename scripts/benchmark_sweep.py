@@ -60,14 +60,14 @@ from transformers import (
 
 from matryoshka_lora.cli import as_arguments, option, run_script
 from matryoshka_lora.config import Config, build_config, validate
-from matryoshka_lora.core.adapter import adapter_spec, use_factors
+from matryoshka_lora.core.adapter import adapter_view, use_factors
 from matryoshka_lora.core.diagonals import powers_of_two
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
+from matryoshka_lora.evaluation.own_tasks import flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.prefetch import answers_of
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.sweep import run_sweep
@@ -305,7 +305,7 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     task, requests = random_gsm8k(model, tokenizer, options.shots, options.documents)
-    plan = plan_points(adapter_spec(model), config.eval_ranks, ["prefix"], config.train_ranks)
+    plan = plan_points(adapter_view(model), config.eval_ranks, ["prefix"], config.train_ranks)
     points = [point for point in plan.points if point.rank]
     limits = {request.context: request.max_new_tokens for request in requests}
     sample = some_batches(requests, options.batch_size, options.baseline_documents)
@@ -374,7 +374,7 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         config = build_config(node)
         accelerator = make_accelerator()
         ceiling = matmul_rate(accelerator.device, DTYPES[config.model.dtype])
-        tasks = load_own_and_harness_tasks(config, accelerator)
+        tasks = flat(load_own_and_harness_tasks(config, accelerator))
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
         load_adapter(files.adapter, model)
@@ -398,7 +398,7 @@ def measure_task(
 ) -> dict[str, Any]:
     """What one task of a run adds to its entry."""
     plan = plan_points(
-        adapter_spec(model), config.eval_ranks, config.eval.rules, config.train_ranks
+        adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
     recorder = Recorder(BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs))
     reset_peak(model.device)

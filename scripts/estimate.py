@@ -33,7 +33,8 @@ def show_plan(
             rate = "the best lr" if group.lr is None else f"lr {group.lr:g}"
             parts = [f"{rate}, seeds {seeds}: {_finished(group.final)}"]
             if group.search:
-                lrs = ", ".join(f"{run.config.trainer.lr:g}" for run in group.search)
+                tried = dict.fromkeys(f"{run.config.trainer.lr:g}" for run in group.search)
+                lrs = ", ".join(tried)
                 on = f"on seed {group.seeds[0]}: {_finished(group.search)}"
                 parts.insert(0, f"search lr {lrs} {on}")
             print(f"  {group.label:<28} {'; then '.join(parts)}")
@@ -75,7 +76,9 @@ def estimate(todo: Iterable[Run], output: Path, slots: int) -> float | None:
         except ValueError as error:  # of a run that is planned it would have been raised before
             logger.warning("%s", error)
             continue
-        if record.training and all(record.device.get(k) == here[k] for k in ("kind", "name")):
+        if record.training and all(
+            record.training_device.get(k) == here[k] for k in ("kind", "name")
+        ):
             known.append(record)
     total = 0.0
     for run in todo:
@@ -92,10 +95,7 @@ def estimate(todo: Iterable[Run], output: Path, slots: int) -> float | None:
         ]
         if run.inputs is None or not like or not (read_alike or not config["eval"]["tasks"]):
             return None
-        trainer = run.config.trainer
-        steps = total_steps(
-            len(run.inputs.train), trainer.effective_batch, trainer.epochs, trainer.max_steps
-        )
+        steps = total_steps(len(run.inputs.train), run.config.trainer)
         pace = [r.training["seconds"] / r.training["steps"] for r in like if r.training]
         total += steps * statistics.median(pace)
         total += statistics.median(read_alike) if read_alike else 0.0

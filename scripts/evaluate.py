@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from matryoshka_lora.cli import option, other_keys, run_script
-from matryoshka_lora.config import Config, build_config
+from matryoshka_lora.config import Config, build_config, check_given, quote_texts
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import read_run
 from matryoshka_lora.pipeline import evaluate_run
@@ -48,12 +48,15 @@ def main(options: Options) -> None:
     """Raises UserError where `run` is no trained run, and what `evaluate_run` raises."""
     folder = Path(options.run)
     node = OmegaConf.structured(read_run(folder).config)
+    overrides = quote_texts(f"{key}={text}" for key, text in options.overrides.items())
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        chosen = compose("train", [f"{key}={text}" for key, text in options.overrides.items()])
+        chosen = compose("train", overrides)
     for key in sorted(options.overrides):  # the group before its keys
         # A group replaces the run's own evaluation, a single key only itself.
         OmegaConf.update(node, key, OmegaConf.select(chosen, key), merge=False)
-    evaluate_run(folder, build_config(node))
+    config = build_config(node)
+    check_given(config, overrides)
+    evaluate_run(folder, config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The runs of a table: the grid of configs/experiment, composed as `train.py` would compose it.
 
 The grid is the `hydra.sweeper.params` of <table>_<model>.yaml, or of <table>.yaml for a model
-without its own; <...>_dedicated.yaml adds baselines trained for smaller ranks.
+without its own.
 """
 
 import copy
@@ -10,8 +10,8 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,25 @@ import search
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from reproduce_options import AXES, CONFIGS, Options
 
 from matryoshka_lora.cli import text_of
-from matryoshka_lora.config import Config, read_config, run_hash, validate
+from matryoshka_lora.config import (
+    Config,
+    quote_texts,
+    read_config,
+    run_hash,
+    typed_config,
+    validate,
+    wanted_points,
+)
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import Inputs, prepare
-from matryoshka_lora.runs.folder import RunFolder, run_path
-from matryoshka_lora.runs.progress import finished_record
+from matryoshka_lora.runs.earlier import find_run
+from matryoshka_lora.runs.folder import RunFolder
+from matryoshka_lora.runs.progress import finished_record, has_points
 from matryoshka_lora.runs.record import Record, read_record
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -37,12 +47,14 @@ ConfigStore.instance().store(name="schema", node=Config)
 class Run:
     """One planned training: its Hydra overrides (key -> text) and what they compose into.
 
-    inputs: None where a dry plan could not read data or model from the hub.
+    inputs: None where a dry plan could not read data or model from the hub. published: the record
+    of the run that stands behind a table already, whatever became of its folder.
     """
 
     settings: dict[str, str]
     config: Config
     inputs: Inputs | None
+    published: Record | None = None
     _record: Record | None = None
 
     @property
@@ -56,27 +68,41 @@ class Run:
 
     def finished(self) -> Record | None:
         """The record, if nothing of the run is missing. Raises UserError if it is corrupt."""
-        if self._record is None and self.inputs is not None:
-            self._record = finished_record(self.config, RunFolder(self.inputs.folder))
+        if self._record is None and self.inputs is not None and not self.config.force:
+            folder = RunFolder(self.inputs.folder)
+            if folder.record.exists() or self.published is not None:
+                fingerprints = self.inputs.fingerprints | _task_fingerprints(self.config)
+                wanted = wanted_points(self.config, fingerprints)
+                self._record = finished_record(folder, wanted)
+                if self._record is None and self.published and has_points(self.published, wanted):
+                    self._record = self.published
         return self._record
+
+    def ended(self) -> Record | None:
+        """The record of a run that is finished, or has failed in a way that it would again."""
+        return self.finished() or (self._latest() if self.diverged() else None)
 
     def failure(self) -> str | None:
         """What the run's record says that it failed of."""
+        record = self._latest()
+        return None if record is None else record.error
+
+    def _latest(self) -> Record | None:
         if self.inputs is None or not (path := RunFolder(self.inputs.folder).record).exists():
-            return None
-        return read_record(path).error
+            return self.published
+        return read_record(path)
 
     def diverged(self) -> bool:
         """Whether training ended in a loss that is no number, which it would do again."""
         return (self.failure() or "").startswith("FloatingPointError")
 
-    def held_out_loss(self) -> float | None:
+    def held_out_loss(self, rule: str, ranks: Sequence[int]) -> float | None:
         """What the search compares; inf for a training that diverged, None for one not finished."""
         record = self.finished()
         if record is None:
             return math.inf if self.diverged() else None
         assert self.inputs is not None
-        return search.held_out_loss(record, self.config, RunFolder(self.inputs.folder).record)
+        return search.held_out_loss(record, rule, ranks, RunFolder(self.inputs.folder).record)
 
     def is_pending(self) -> bool:
         """Whether the run is to be started: it is not finished, its learning rate is chosen."""
@@ -86,25 +112,64 @@ class Run:
 
 
 @dataclass
+class Rates:
+    """The learning rates of a training; rows that differ only in how they read share them."""
+
+    tried: list[float]
+    at: Callable[[float], Run]
+    """The candidate of a row at a rate."""
+
+
+@dataclass
 class Group:
-    """One (model, method, R, scaling): the candidates of its search, then its seeds."""
+    """One row's trainings: the candidates of its search, then its seeds."""
 
     label: str
     seeds: list[int]
-    search: list[Run]
-    final_at: Callable[[float | None], list[Run]]
-    """The seeds at a learning rate; None is one that is not chosen yet."""
+    trainings: list[Rates]
+    """What is searched, over the rates of each; without a search none."""
+    final_at: Callable[[int, float | None], list[Run]]
+    """The seeds of a training, by its index, at a learning rate; None is not chosen yet."""
+    rule: str = ""
+    ranks: list[int] = field(default_factory=list)
+    """What the held-out loss is read by, the mean over ranks."""
     lr: float | None = None
+    training: int = 0
+    """The index of what was chosen."""
+    extends: bool = False
+    """Whether the search goes on while the best rate is at an end of those tried."""
+
+    @property
+    def search(self) -> list[Run]:
+        return [of.at(lr) for of in self.trainings for lr in of.tried]
 
     @property
     def final(self) -> list[Run]:
-        return self.final_at(self.lr)
+        return self.final_at(self.training, self.lr)
+
+    def _best(self) -> tuple[int, float] | None:
+        return search.best(
+            {
+                (index, lr): of.at(lr).held_out_loss(self.rule, self.ranks)
+                for index, of in enumerate(self.trainings)
+                for lr in of.tried
+            }
+        )
+
+    def extend(self) -> bool:
+        """Add a rate beyond the best one if that is at an end; whether one was added."""
+        if not self.extends or (best := self._best()) is None:
+            return False
+        tried = self.trainings[best[0]].tried
+        if (rate := search.beyond(tried, best[1])) is None or rate in tried:
+            return False
+        tried[:] = sorted([*tried, rate])
+        return True
 
     def choose(self) -> None:
         """Take the candidate of the lowest held-out loss, if every candidate has ended."""
-        if self.lr is None:
-            losses = {run.config.trainer.lr: run.held_out_loss() for run in self.search}
-            self.lr = search.best(losses)
+        if self.trainings and (best := self._best()) is not None:
+            self.training, self.lr = best
 
 
 @dataclass
@@ -116,34 +181,57 @@ class Table:
     holds: Callable[[Record], bool]
     """Whether the grid, at the record's own values of the axes, gives just its run."""
 
+    def settle(self) -> None:
+        """Extend every search that has ended at an end of its rates, and choose what can be."""
+        while any([group.extend() for group in self.groups]):
+            pass
+        for group in self.groups:
+            group.choose()
+
     @property
     def search(self) -> list[Run]:
-        return [run for group in self.groups for run in group.search]
+        return merged(run for group in self.groups for run in group.search)
 
     @property
     def final(self) -> list[Run]:
-        return [run for group in self.groups for run in group.final]
+        return merged(run for group in self.groups for run in group.final)
 
     @property
-    def runs(self) -> Iterator[Run]:
-        """Each group's search and then its seeds, group by group."""
-        return (run for group in self.groups for run in (*group.search, *group.final))
+    def runs(self) -> list[Run]:
+        """Every search and all seeds."""
+        return [*self.search, *self.final]
 
 
-@dataclass(frozen=True)
-class Part:
-    """An experiment of configs/experiment for a model; `dedicated` holds baselines of smaller R."""
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """Each training once, evaluated under all rules and at all ranks that any of its runs asks for.
 
-    model: str
-    experiment: str
-    dedicated: bool = False
-
-    def point(self, rank: int, scaling: str) -> dict[str, Any]:
-        """What the settings, by key, of a run of this R and scaling have of their own."""
-        point: dict[str, Any] = {"adapter.rank": rank, "adapter.scaling": scaling}
-        if self.dedicated:  # whatever S and ranks the others have
-            point |= {"adapter.train_ranks": None, "eval.ranks": [rank]}
-        return point
+    Two processes must not work in one folder.
+    """
+    found: dict[str, Run] = {}
+    for run in runs:
+        key = json.dumps(
+            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.lr}
+        )
+        if run.inputs is not None:
+            key = run.inputs.run_hash
+        if (other := found.setdefault(key, run)) is run:
+            continue
+        mine, theirs = run.config, other.config
+        asked = [mine.eval.rules, theirs.eval.rules]
+        rules = None  # all that the method allows
+        if None not in asked:
+            rules = [rule for rule in RULES if any(rule in (given or ()) for given in asked)]
+        ranks = sorted({*mine.eval_ranks, *theirs.eval_ranks})
+        if (rules, ranks) != (theirs.eval.rules, theirs.eval_ranks):
+            evaluation = dataclasses.replace(theirs.eval, rules=rules, ranks=ranks)
+            texts = {"eval.rules": text_of(rules), "eval.ranks": text_of(ranks)}
+            found[key] = dataclasses.replace(
+                other,
+                settings=other.settings | texts,
+                config=dataclasses.replace(theirs, eval=evaluation),
+                _record=None,
+            )
+    return list(found.values())
 
 
 class Planner:
@@ -177,80 +265,67 @@ class Planner:
         experiment = f"{options.table}_{model}"
         if not (CONFIGS / "experiment" / f"{experiment}.yaml").is_file():
             experiment = options.table
-        parts = [Part(model, experiment)]
-        if (CONFIGS / "experiment" / f"{experiment}_dedicated.yaml").is_file():
-            parts.append(Part(model, f"{experiment}_dedicated", dedicated=True))
-        name = options.name or f"{options.table}-{model}" + (
-            f"-limit{options.limit}" if options.limit else ""
-        )
-        groups = [group for part in parts for group in self._groups(part)]
-        return Table(name, groups, functools.partial(self._holds, parts))
-
-    def _groups(self, part: Part) -> list[Group]:
-        grid, options = self._grid(part.experiment), self.options
+        grid = self._grid(experiment)
         axes = {key: values(key, grid[key], kind) for key, (_, kind) in AXES.items() if key in grid}
-        for key, replacing in options.axes.items():
-            if part.dedicated and key == "method":
-                axes[key] = [method for method in axes[key] if method in replacing]
-            elif not part.dedicated or key != "adapter.rank":
-                axes[key] = replacing
-        return [
-            self._group(part, method, rank, scaling, axes["seed"], axes.get("trainer.lr", []))
+        axes |= options.axes
+        groups = [
+            self._group(
+                {"experiment": experiment, "model": model, "method": method},
+                {"adapter.rank": rank, "adapter.scaling": scaling},
+                axes["seed"],
+                axes.get("trainer.lr", []),
+            )
             for method, rank, scaling in itertools.product(
                 axes["method"], axes["adapter.rank"], axes["adapter.scaling"]
             )
         ]
+        holds = functools.partial(self._holds, experiment, model)
+        return Table(table_name(options, f"{options.table}-{model}"), groups, holds)
 
     def _group(
-        self,
-        part: Part,
-        method: str,
-        rank: int,
-        scaling: str,
-        seeds: list[int],
-        lrs: list[float],
+        self, chosen: dict[str, str], point: dict[str, Any], seeds: list[int], lrs: list[float]
     ) -> Group:
-        fixed, point = self._fixed(part, method), part.point(rank, scaling)
+        fixed = self.fixed(chosen)
         if not lrs:
-            lrs = [self._composed(fixed).trainer.lr]
+            lrs = [self.composed(fixed).trainer.lr]
 
         @functools.cache
-        def final(lr: float | None) -> list[Run]:
-            return [self._run(fixed, point | {"trainer.lr": lr, "seed": s}) for s in seeds]
+        def final(training: int, lr: float | None) -> list[Run]:
+            return [self.run(fixed, point | {"trainer.lr": lr, "seed": s}) for s in seeds]
 
-        group = Group(f"{method} R={rank} {scaling}", seeds, [], final)
+        label = f"{chosen['method']} R={point['adapter.rank']} {point['adapter.scaling']}"
+        group = Group(label, seeds, [], final)
         if len(lrs) == 1:
             group.lr = lrs[0]
             return group
-        first = self._run(fixed, point | {"trainer.lr": lrs[0], "seed": seeds[0]})
+        first = self.run(fixed, point | {"trainer.lr": lrs[0], "seed": seeds[0]})
         of_search = point | search.search_settings(first.config) | {"seed": seeds[0]}
-        group.search = [self._run(fixed, of_search | {"trainer.lr": lr}) for lr in lrs]
+        candidates = {lr: self.run(fixed, of_search | {"trainer.lr": lr}) for lr in lrs}
+        group.trainings = [Rates(lrs, candidates.__getitem__)]
+        (group.rule,), group.ranks = of_search["eval.rules"], of_search["eval.ranks"]
         return group
 
-    def _holds(self, parts: list[Part], record: Record) -> bool:
+    def _holds(self, experiment: str, model: str, record: Record) -> bool:
         try:
             config = read_config(record.config, record.name)
             hash8 = hash_today(record)
         except UserError:  # of another version
             return False
-        for part in parts:
-            point = part.point(config.adapter.rank, config.adapter.scaling)
-            point |= {"trainer.lr": config.trainer.lr, "seed": config.seed}
-            try:
-                fixed = self._fixed(part, config.method.name)
-                planned = self._run(fixed, point)
-                if config.dataset.validation == search.HELD_OUT:
-                    planned = self._run(fixed, point | search.search_settings(planned.config))
-            except (UserError, HydraException):  # the grid cannot have such a method or rank
-                continue
-            if planned.inputs is not None and planned.inputs.run_hash == hash8:
-                return True
-        return False
+        method = config.method.name
+        point = {"adapter.rank": config.adapter.rank, "adapter.scaling": config.adapter.scaling}
+        point |= {"trainer.lr": config.trainer.lr, "seed": config.seed}
+        try:
+            fixed = self.fixed({"experiment": experiment, "model": model, "method": method})
+            planned = self.run(fixed, point)
+            if config.dataset.validation == search.HELD_OUT:
+                planned = self.run(fixed, point | search.search_settings(planned.config))
+        except (UserError, HydraException):  # the grid cannot have such a method or rank
+            return False
+        return planned.inputs is not None and planned.inputs.run_hash == hash8
 
-    def _fixed(self, part: Part, method: str) -> dict[str, str]:
-        """The overrides, key -> text, of all runs of a method."""
-        fixed = {"experiment": part.experiment, "model": part.model, "method": method}
-        fixed |= self.options.overrides
+    def fixed(self, chosen: Mapping[str, str]) -> dict[str, str]:
+        """The overrides, key -> text, of all runs of a row: those chosen by it and those given."""
+        fixed = dict(chosen) | self.options.overrides
         if self.options.limit is not None:
             fixed["eval.limit"] = str(self.options.limit)
         return fixed
@@ -260,19 +335,17 @@ class Planner:
             node = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
         return dict(node.hydra.sweeper.params)
 
-    def _composed(self, fixed: Mapping[str, str]) -> Config:
+    def composed(self, fixed: Mapping[str, str]) -> Config:
         """What `train.py` would compose, not checked yet: the axes are still to be set."""
         overrides = tuple(f"{key}={text}" for key, text in fixed.items())
         if overrides not in self._configs:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                node = OmegaConf.merge(OmegaConf.structured(Config), compose("train", [*overrides]))
-            config = OmegaConf.to_object(node)
-            assert isinstance(config, Config)
-            self._configs[overrides] = config
+                node = compose("train", quote_texts(overrides))
+            self._configs[overrides] = typed_config(node)
         return copy.deepcopy(self._configs[overrides])
 
-    def _run(self, fixed: dict[str, str], point: dict[str, Any]) -> Run:
-        config = self._composed(fixed)
+    def run(self, fixed: dict[str, str], point: dict[str, Any]) -> Run:
+        config = self.composed(fixed)
         undecided = point["trainer.lr"] is None
         settings = {k: value for k, value in point.items() if not undecided or k != "trainer.lr"}
         for key, value in settings.items():
@@ -302,7 +375,24 @@ class Planner:
                 return None
         inputs = self._inputs[shared]
         hash8 = run_hash(config, inputs.model, inputs.data["fingerprint"])
-        return dataclasses.replace(inputs, run_hash=hash8, folder=run_path(config, hash8))
+        place = find_run(config, inputs.model, inputs.data["fingerprint"])
+        return dataclasses.replace(inputs, run_hash=hash8, place=place)
+
+
+_FINGERPRINTS: dict[str, dict[str, str]] = {}
+
+
+def _task_fingerprints(config: Config) -> dict[str, str]:
+    """`fingerprints_of` the tasks of a config, loaded once for all runs that share them."""
+    key = json.dumps([dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
+    key += config.output_dir
+    if key not in _FINGERPRINTS:
+        _FINGERPRINTS[key] = fingerprints_of(load_own_and_harness_tasks(config))
+    return _FINGERPRINTS[key]
+
+
+def table_name(options: Options, default: str) -> str:
+    return options.name or default + (f"-limit{options.limit}" if options.limit else "")
 
 
 def values(key: str, given: Any, kind: type) -> list[Any]:

@@ -29,7 +29,7 @@ def publish(
     `runs` under a name of another version gives way to the new one.
     """
     folder = output / "records" / table
-    finished = [record for run in runs if (record := run.finished()) is not None]
+    finished = [record for run in runs if (record := run.ended()) is not None]
     if not finished:
         logger.warning("%s: no run is finished, so the table is not written", table)
         return

@@ -1,5 +1,6 @@
 """Run the grid of a table, go on where it was stopped, and write the table and its figure.
 
+    python scripts/reproduce.py smollm2 workers_per_gpu=4
     python scripts/reproduce.py table2 model=tiny
     python scripts/reproduce.py table2 model=llama3_1b gpus=8 dry=1
     python scripts/reproduce.py table3 model=llama3_8b launcher=submitit_slurm \\
@@ -9,14 +10,17 @@ The grids are in configs/experiment. With several learning rates each (method, R
 trains with each of them on the first seed, with some training records held out, and the lowest
 held-out loss wins (scripts/search.py); then all seeds train on all records. A subset of the grid,
 such as seeds=42, adds to the records of the table that are there, and the table is on all of them.
+Tables with a file in configs/evidence are lists of rows instead, each at its own learning rate
+(scripts/evidence.py); there, published records count as finished runs.
 """
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from estimate import show_plan
+from evidence import evidence_file, evidence_table
 from grid import Planner, Run, Table
 from publish import publish
 from reproduce_options import AXES, Options
@@ -34,42 +38,61 @@ SLURM = {"hydra.launcher.timeout_min": "1440", "hydra.launcher.gpus_per_node": "
 def main(options: Options) -> int:
     """Plan, run, report. Returns 1 where a run failed, else 0."""
     planner = Planner(options)
-    tables = planner.tables()
-    choose(tables)
+    if (rows := evidence_file(options)) is not None:
+        tables = [evidence_table(rows, options, planner)]
+    else:
+        tables = planner.tables()
+    for table in tables:
+        table.settle()
     output = Path(tables[0].groups[0].final[0].config.output_dir)
     slots = [Slot("this machine", {})]
     if options.launcher == "gpu_queue":
-        slots = find_slots(options.gpus)
+        slots = find_slots(
+            options.gpus, workers_per_gpu=options.workers_per_gpu, cpu_slots=options.slots
+        )
     where = {"submitit_slurm": "Slurm", "local": "this machine, one after the other"}.get(
         options.launcher or "", ", ".join(slot.name for slot in slots)
     )
     show_plan(tables, where, len(slots), output, planner.unreachable)
     if options.dry:
         return 0
-    outcomes: list[Outcome] = []
-    for stage in ("search", "final"):
-        runs: list[Run] = [run for table in tables for run in getattr(table, stage)]
-        todo = [run for run in runs if run.is_pending()]
-        logs = output / "logs" / options.table
-        if todo and options.launcher == "submitit_slurm":
-            jobs = slurm_jobs(todo, options)
-            outcomes += run_jobs(jobs, [Slot("Slurm", {})] * len(jobs), TRAIN, logs)
-        elif todo:
-            jobs = [Job(run.name, run.overrides) for run in todo]
-            outcomes += run_jobs(jobs, slots, TRAIN, logs, show=options.launcher == "local")
-        choose(tables)
-    for table in tables:
-        if table.search:
-            publish(f"{table.name}-search", table.search, output, table.holds, options.prune)
-        publish(table.name, table.final, output, table.holds, options.prune)
-    return report_failures(tables, outcomes)
+    outcomes: dict[str, Outcome] = {}
+    if options.only != "final":
+        # A search that ends at an end of its rates has more to do.
+        while todo := pending(tables, "search", outcomes):
+            outcomes |= run_all(todo, options, slots, output)
+            for table in tables:
+                table.settle()
+        for table in tables:
+            if table.search:
+                publish(f"{table.name}-search", table.search, output, table.holds, options.prune)
+    if options.only != "search":
+        if todo := pending(tables, "final", outcomes):
+            outcomes |= run_all(todo, options, slots, output)
+        for table in tables:
+            publish(table.name, table.final, output, table.holds, options.prune)
+    return report_failures(tables, outcomes, options)
 
 
-def choose(tables: Sequence[Table]) -> None:
-    """Take the best learning rate of every group whose search has ended."""
-    for table in tables:
-        for group in table.groups:
-            group.choose()
+def pending(tables: Sequence[Table], stage: str, tried: Mapping[str, Outcome]) -> list[Run]:
+    """The runs of a stage that are to be started and were not tried yet."""
+    runs: list[Run] = [run for table in tables for run in getattr(table, stage)]
+    return [run for run in runs if run.is_pending() and run.name not in tried]
+
+
+def run_all(
+    todo: Sequence[Run], options: Options, slots: Sequence[Slot], output: Path
+) -> dict[str, Outcome]:
+    """How each run, or each job array of Slurm, ended, by its name."""
+    logs = output / "logs" / options.table
+    if options.launcher == "submitit_slurm":
+        jobs = slurm_jobs(todo, options)
+        ended = run_jobs(jobs, [Slot("Slurm", {})] * len(jobs), TRAIN, logs)
+        of_slurm = {outcome.job.name: outcome for outcome in ended}
+        return of_slurm | {run.name: ended[0] for run in todo}
+    jobs = [Job(run.name, run.overrides) for run in todo]
+    ended = run_jobs(jobs, slots, TRAIN, logs, show=options.launcher == "local")
+    return {outcome.job.name: outcome for outcome in ended}
 
 
 def slurm_jobs(runs: Sequence[Run], options: Options) -> list[Job]:
@@ -94,9 +117,10 @@ def as_products(runs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return list(runs)
 
 
-def report_failures(tables: Sequence[Table], outcomes: Sequence[Outcome]) -> int:
+def report_failures(
+    tables: Sequence[Table], outcomes: Mapping[str, Outcome], options: Options
+) -> int:
     """Name every run that should be finished and is not; 1 if there are any."""
-    of_job = {outcome.job.name: outcome for outcome in outcomes}
     lines = []
     for table in tables:
         for run in table.search:
@@ -105,16 +129,17 @@ def report_failures(tables: Sequence[Table], outcomes: Sequence[Outcome]) -> int
         for group in table.groups:
             if group.lr is None:
                 lines.append(f"{table.name}, {group.label}: no learning rate could be chosen")
-        for run in table.runs:
+        stages = (options.only,) if options.only else ("search", "final")
+        for run in (run for stage in stages for run in getattr(table, stage)):
             if run.is_pending():
-                outcome = of_job.get(run.name)
+                outcome = outcomes.get(run.name)
                 error = run.failure() or (outcome and outcome.error) or "not finished"
                 log = f" (see {outcome.log})" if outcome else ""
                 lines.append(f"{table.name}, {run.name}: {error}{log}")
     lines += [
-        f"{outcome.job.name}: {outcome.error} (see {outcome.log})"
-        for outcome in outcomes
-        if outcome.error is not None and outcome.job.name.startswith("slurm-")
+        f"{name}: {outcome.error} (see {outcome.log})"
+        for name, outcome in outcomes.items()
+        if outcome.error is not None and name.startswith("slurm-")
     ]
     if not lines:
         return 0

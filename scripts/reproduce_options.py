@@ -13,7 +13,7 @@ from matryoshka_lora.config import Config
 from matryoshka_lora.core.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-TABLES = ("table2", "table3")
+TABLES = ("table2", "table3", "smollm2")
 MODELS = tuple(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 LAUNCHERS = ("local", "gpu_queue", "submitit_slurm")
 # 5e-6 ... 1e-3 with one digit each; the paper's script leaves out 7e-4.
@@ -61,7 +61,11 @@ class Options:
         words={"paper": PAPER_LRS},
     )
     limit: int | None = option(None, "only the first n documents of each task")
+    rows: list[str] | None = option(None, "of configs/evidence/<table>.yaml; null: all")
+    only: str | None = option(None, "search or final; null: both", choices=("search", "final"))
     gpus: int | None = option(None, "GPUs, one job each; without any as many slots of the CPU")
+    workers_per_gpu: int = option(1, "jobs that share a GPU")
+    slots: int | None = option(None, "run on so many threads of the CPU, one job each")
     launcher: str | None = option(
         None, "null: gpu_queue for several gpus, else local", choices=LAUNCHERS
     )
@@ -79,14 +83,15 @@ class Options:
         for key, text in self.others.items():
             if key in REFUSED:
                 raise UserError(f"{key}={text} would undo the plan: {REFUSED[key]}")
-        for key in ("limit", "gpus"):
+        for key in ("limit", "gpus", "workers_per_gpu", "slots"):
             given = getattr(self, key)
             if given is not None and given < 1:
                 raise UserError(f"{key}={given} must be a positive integer")
         for name, _ in AXES.values():
             if getattr(self, name) == []:
                 raise UserError(f"{name}=[] must name at least one value")
-        self.launcher = self.launcher or ("local" if self.gpus in (None, 1) else "gpu_queue")
+        several = self.gpus not in (None, 1) or self.slots is not None or self.workers_per_gpu > 1
+        self.launcher = self.launcher or ("gpu_queue" if several else "local")
         if self.launcher != "submitit_slurm" and self.launcher_overrides:
             raise UserError(f"{next(iter(self.launcher_overrides))} needs launcher=submitit_slurm")
         missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]

@@ -9,22 +9,27 @@ has lost.
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matryoshka_lora import methods
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.runs.record import Record
 
 HELD_OUT = 0.05
+MOST_RATES = 10
+"""Of one training: a search that goes on beyond them has gone astray."""
+
+Candidate = TypeVar("Candidate")
 
 
 def search_settings(config: Config) -> dict[str, Any]:
     """What a candidate's settings, by key, have in place of those of `config`, a final run."""
-    reads = config.eval.rules
-    alone = methods.get(config.method.name).baseline
+    reads = config.eval.rules or ()
+    ordered = adapter_spec_of(config).ordered
+    alone = methods.get(config.method.name).baseline or not ordered
     return {
         "dataset.validation": HELD_OUT,
         "eval.tasks": [],
@@ -33,12 +38,11 @@ def search_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def held_out_loss(record: Record, config: Config, path: Path) -> float:
-    """The mean held-out loss, in nats a token, of a finished candidate over the ranks it reads.
+def held_out_loss(record: Record, rule: str, ranks: Sequence[int], path: Path | str) -> float:
+    """The mean held-out loss, in nats a token, of a finished candidate under `rule` over `ranks`.
 
     Raises UserError naming `path`, the record's file, where one of them is missing.
     """
-    (rule,), ranks = config.eval.rules, config.eval_ranks
     found = {
         row.rank: row.value
         for row in record.rows
@@ -53,14 +57,26 @@ def held_out_loss(record: Record, config: Config, path: Path) -> float:
     return statistics.fmean(losses)
 
 
-def best(losses: Mapping[float, float | None]) -> float | None:
-    """The learning rate of the lowest loss, the first of equal ones.
+def best(losses: Mapping[Candidate, float | None]) -> Candidate | None:
+    """The candidate of the lowest loss, the first of equal ones.
 
-    losses: by learning rate; inf for one that diverged, None for one that has not ended. None while
-    one has not ended, and where all diverged.
+    losses: inf for one that diverged, None for one that has not ended. None while one has not
+    ended, and where all diverged.
     """
-    ended = {lr: loss for lr, loss in losses.items() if loss is not None}
-    if len(ended) < len(losses):
+    ended = {candidate: loss for candidate, loss in losses.items() if loss is not None}
+    if len(ended) < len(losses) or not ended:
         return None
-    lr = min(ended, key=lambda lr: ended[lr])
-    return lr if math.isfinite(ended[lr]) else None
+    found = min(ended, key=lambda candidate: ended[candidate])
+    return found if math.isfinite(ended[found]) else None
+
+
+def beyond(rates: Sequence[float], rate: float) -> float | None:
+    """The rate to try next where `rate`, the best, is at an end of `rates`.
+
+    As far from it, as a factor, as its neighbour on the other side, with two digits.
+    """
+    ordered = sorted(rates)
+    if len(ordered) < 2 or rate not in (ordered[0], ordered[-1]) or len(ordered) >= MOST_RATES:
+        return None
+    neighbour = ordered[1] if rate == ordered[0] else ordered[-2]
+    return float(f"{rate * rate / neighbour:.2g}")

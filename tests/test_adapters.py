@@ -23,7 +23,8 @@ from matryoshka_lora.core.adapter import (
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.core.spec import AdapterSpec
-from matryoshka_lora.core.storage import load_adapter, save_adapter
+from matryoshka_lora.core.storage import load_adapter, read_adapter, save_adapter
+from matryoshka_lora.loading import warn_of_narrow_layers
 
 RANK = 8
 P = matryoshka_diagonal([1, 2, 4, 8], RANK, "none")
@@ -380,6 +381,52 @@ def test_a_file_is_read_with_its_own_diagonal_and_refused_for_another_adapter(tm
     save_adapter(path, model)
     with pytest.raises(ValueError, match="q_proj.lora_B holds numbers that are not finite"):
         load_adapter(path, other)
+
+
+@pytest.mark.parametrize("shape", [(RANK,), (3, 1, RANK), (3, 10, RANK)])
+def test_the_diagonal_may_stay_float32_in_the_product(shape):
+    """As in the released code, where only the product is rounded, here to bfloat16."""
+    p = torch.rand(shape, generator=torch.Generator().manual_seed(4)) + 0.3
+    x = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
+    errors = {}
+    for kept in (False, True):
+        spec = dataclasses.replace(SPEC, float32_diagonal=kept)
+        layer = next(iter(adapter_layers(adapted(torch.bfloat16, spec)).values()))
+        layer.p = p
+        h = x @ layer.lora_A.T
+        scaled = (h.float() * p).bfloat16() if kept else h * p.bfloat16()
+        found = layer.scaled(x)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, scaled)
+        errors[kept] = (found.double() - h.double() * p.double()).norm()
+        # Without rounding there is no difference.
+        layer.float()
+        assert torch.equal(layer.scaled(x.float()), (x.float() @ layer.lora_A.T) * p)
+    assert errors[True] < 0.8 * errors[False]
+
+
+def test_a_file_tells_how_the_diagonal_is_multiplied(tmp_path):
+    path, plain = tmp_path / "kept.safetensors", tmp_path / "plain.safetensors"
+    rounded = dataclasses.replace(SPEC, p_full=tuple((P / 3).tolist()))  # no bfloat16 numbers
+    spec = dataclasses.replace(rounded, float32_diagonal=True)
+    save_adapter(path, adapted(torch.bfloat16, spec))
+    other = adapted(torch.bfloat16, spec, fill_B=False)
+    load_adapter(path, other)
+    assert torch.equal(other(tokens()).logits, adapted(torch.bfloat16, spec)(tokens()).logits)
+    rounding = adapted(torch.bfloat16, rounded)
+    assert not torch.equal(other(tokens()).logits, rounding(tokens()).logits)
+    with pytest.raises(ValueError, match="its float32_diagonal is True, the model's"):
+        load_adapter(path, rounding)
+    save_adapter(plain, rounding)  # as written before there was a choice
+    assert read_adapter(plain).spec == rounded
+
+
+def test_layers_narrower_than_the_rank_are_named(caplog):
+    warn_of_narrow_layers(adapted())
+    assert caplog.text == ""
+    spec = AdapterSpec(40, "none", (1.0,) * 40, trains_prefixes=False)
+    warn_of_narrow_layers(adapted(spec=spec, fill_B=False))
+    assert "adapter.rank=40 is more than some layers are wide" in caplog.text
+    assert "k_proj 16" in caplog.text and "down_proj 32" in caplog.text
 
 
 def test_files_of_earlier_versions_are_read(tmp_path):

@@ -24,18 +24,20 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from matryoshka_lora.core.adapter import (
     adapter_layers,
     adapter_spec,
+    adapter_view,
     add_adapters,
     diagonal,
+    set_importance,
     use_factors,
 )
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
-from matryoshka_lora.core.rules import read
+from matryoshka_lora.core.rules import AdapterView, read
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.batched import attention_trial
 from matryoshka_lora.evaluation.engines.batched import engine as batched
 from matryoshka_lora.evaluation.engines.batched.attention_trial import attention_agrees
-from matryoshka_lora.evaluation.engines.batched.diagonal_table import live_ranks
+from matryoshka_lora.evaluation.engines.batched.diagonal_table import DiagonalTable, live_ranks
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.batched.factors import compute_factors
 from matryoshka_lora.evaluation.engines.batched.kv_cache import KVShape, kv_shapes
@@ -134,7 +136,7 @@ def points(model: PreTrainedModel, factors: str = "trained") -> list[Point]:
     if factors == "svd":
         pairs = [(rank, "svd") for rank in (1, 2, 3)]
     return [Point(0, "base", factors, torch.zeros(RANK))] + [
-        Point(rank, rule, factors, read(spec, rank, rule).p) for rank, rule in pairs
+        Point(rank, rule, factors, read(AdapterView(spec), rank, rule).p) for rank, rule in pairs
     ]
 
 
@@ -288,8 +290,8 @@ def test_ranks_that_are_left_out_are_zero_in_the_diagonal() -> None:
     for row, rank in enumerate((0, 1, 8, 9, 17, 20)):
         table[row, :rank] = 2.0
     table[1, 0], table[4, 3] = -1.0, 0.0
-    assert live_ranks(table).tolist() == [8, 8, 8, 16, 20, 20]
-    assert live_ranks(table[:3, :4]).tolist() == [4, 4, 4]
+    assert live_ranks(table[None]).tolist() == [8, 8, 8, 16, 20, 20]
+    assert live_ranks(table[None, :3, :4]).tolist() == [4, 4, 4]
 
 
 def test_parameters_are_narrowed_along_their_rank(model: PreTrainedModel) -> None:
@@ -326,6 +328,22 @@ def test_each_layer_multiplies_its_gate(tokenizer: PreTrainedTokenizerFast) -> N
     requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(3))]
     jobs = [(point, request) for point in points(model) for request in requests]
     check(model, tokenizer, jobs)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_diagonal_is_rounded_where_the_layer_rounds_it(
+    tokenizer: PreTrainedTokenizerFast, kept: bool
+) -> None:
+    model = build(tokenizer, llama()).bfloat16()
+    layers = list(adapter_layers(model).values())
+    seen: set[torch.dtype] = set()
+    for layer in layers:
+        layer.float32_diagonal = kept
+        layer.register_forward_pre_hook(lambda layer, x: seen.add(layer.p.dtype))
+    jobs = [(point, likelihood(tokenizer, 0, TEXT[:30], " 19")) for point in points(model)]
+    jobs += [(point, generation(tokenizer, 1, TEXT[:30], [], 3)) for point in points(model)]
+    list(BatchedEngine(model, tokenizer).run(jobs))
+    assert seen == {torch.float32 if kept else torch.bfloat16}
 
 
 def test_groups_leave_their_queue_when_they_are_started(
@@ -375,6 +393,42 @@ def test_principal_factors(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     jobs = [(point, request) for point in points(model, "svd") for request in requests]
     with use_factors(model, "svd"):
         check(model, tokenizer, jobs)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_diagonal_for_each_layer(
+    tokenizer: PreTrainedTokenizerFast, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among points whose layers share one, which are prefilled as if they were alone."""
+    model = build(tokenizer, llama(), gated)
+    if gated:
+        generator = torch.Generator().manual_seed(0)
+        names = adapter_layers(model)
+        set_importance(model, {name: torch.rand(RANK, generator=generator) for name in names})
+    factors = "trained" if gated else "svd"
+    own = [
+        Point(rank, "global", reading.factors, reading.p)
+        for rank in (1, 2)
+        for reading in [read(adapter_view(model), rank, "global")]
+    ]
+    shared = points(model, factors)
+    requests = [generation(tokenizer, i, text, [], 9) for i, text in enumerate(prompts(4))]
+    requests += [likelihood(tokenizer, i, text, " 19") for i, text in enumerate(prompts(2))]
+    jobs = [(point, request) for request in requests for point in (own[0], *shared, own[1])]
+    widths = set()
+    apply = DiagonalTable.apply
+
+    def applied(self: DiagonalTable, chosen: torch.Tensor, rank: int | None = None) -> None:
+        widths.add(len(chosen))
+        apply(self, chosen, rank)
+
+    monkeypatch.setattr(DiagonalTable, "apply", applied)
+    with use_factors(model, factors):
+        check(model, tokenizer, jobs, max_rows=5, max_tokens=300)
+        assert widths == {1, len(adapter_layers(model))}
+        widths.clear()
+        check(model, tokenizer, [job for job in jobs if job[0] in shared])
+        assert widths == {1}
 
 
 def test_ends_of_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,7 +13,7 @@ from conftest import TARGETS
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options
 from matryoshka_lora.config import Config, ModelConfig
-from matryoshka_lora.core.adapter import adapter_spec, add_adapters
+from matryoshka_lora.core.adapter import adapter_view, add_adapters
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
@@ -60,7 +60,7 @@ def test_both_systems_end_each_answer_at_its_cap(benchmark, monkeypatch):
         return generate(**options)
 
     monkeypatch.setattr(model, "generate", counted)
-    points = plan_points(adapter_spec(model), [1, 4], ["prefix"], [1, 2, 4]).points[1:]
+    points = plan_points(adapter_view(model), [1, 4], ["prefix"], [1, 2, 4]).points[1:]
     jobs = [(point, request) for point in points for request in requests]
     with benchmark.capped(model, caps):
         _, hf = benchmark.answer(HFEngine(model, tokenizer, 3), task, jobs, CPU)

@@ -4,23 +4,32 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from matryoshka_lora.cli import settings
+from matryoshka_lora.cli import one_line, settings
 from matryoshka_lora.config import (
     COLUMNS,
     Config,
+    adapter_spec_of,
     affecting,
     build_config,
+    check_given,
+    quote_texts,
     run_hash,
+    typed_config,
     variant,
     wanted_points,
 )
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.runs.folder import run_path
 
@@ -36,7 +45,7 @@ def composed(tmp_path, *overrides):
 CHOICES = [
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent != CONFIGS and path.parent.name != "accelerate"
+    if path.parent != CONFIGS and path.parent.name not in ("accelerate", "evidence")
 ]
 
 
@@ -56,11 +65,33 @@ def test_models_choose_their_data_and_an_explicit_choice_wins(tmp_path):
     assert composed(tmp_path, "model=llama3_8b", "dataset=platypus").dataset.name == "platypus"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipes_set_the_same_keys_and_the_default_one_what_is_default(tmp_path, method):
+    given = {}
+    for name in ("default", "paper"):
+        content = OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml")
+        given[name] = {f"{s}.{key}" for s, node in content.items() for key in node}
+    assert given["paper"] == given["default"] | {"trainer.micro_batch", "eval.rules"}
+    config = composed(tmp_path, f"method={method}")
+    plain = Config()
+    for key in given["default"]:
+        assert attrgetter(key)(config) == attrgetter(key)(plain), key
+    # Those that came later leave the hashes of earlier runs as they are.
+    for key in ("adapter.float32_diagonal", "dataset.keep_masked", "trainer.round_steps"):
+        assert key not in affecting(config, "adapter")
+    # Learned methods refuse the paper's rule.
+    paper = composed(tmp_path, f"method={method}", "recipe=paper", "eval.rules=null")
+    for key in ("method.independent", "method.draw"):
+        assert (key in affecting(paper, "adapter")) == (method == "dylora")
+
+
 def test_the_papers_recipe(tmp_path):
     config = composed(tmp_path, "recipe=paper", "model=llama3_1b")
     assert (config.adapter.init, config.adapter.dtype) == ("paper", "bfloat16")
     assert (config.dataset.prompt, config.method.draw) == ("paper", "micro_batch")
     assert config.eval.rules == ["prefix"]
+    assert config.adapter.float32_diagonal and config.dataset.keep_masked
+    assert config.method.independent and config.trainer.round_steps == "up"
     assert composed(tmp_path, "recipe=paper", "adapter.init=lora").adapter.init == "lora"
 
 
@@ -94,6 +125,22 @@ def test_the_papers_recipe(tmp_path):
         ("dataset.prompt=chat", "dataset.prompt=chat is unknown"),
         ("method=nested_dropout method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
         ("method=nested_dropout method.weights=[0,0,0,0,0,0]", "positive sum"),
+        ("method=nested_matryoshka method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
+        ("method=nested_matryoshka method.decay=nan", "method.decay=nan must be 0 or a positive"),
+        ("method=nested_matryoshka method.decay=-1", "method.decay=-1.0 must be 0 or a positive"),
+        ("method=adalora method.target_rank=33", "target_rank=33 must be 1 to adapter.rank=32"),
+        ("method=adalora method.target_rank=0", "target_rank=0 must be 1 to adapter.rank=32"),
+        ("method=adalora method.warmup=0.7", "leave no steps to mask in"),
+        ("method=adalora method.settle=1", r"method.settle=1.0 must be in \[0, 1\)"),
+        ("method=adalora method.mask_every=0", "method.mask_every=0"),
+        ("method=adalora method.orthogonality=inf", "method.orthogonality=inf"),
+        ("method=adalora method.beta2=1", "method.beta2=1.0 must be in"),
+        ("method=sora method.sparsity=nan", "method.sparsity=nan must be 0 or a positive number"),
+        ("method=sora eval.rules=[prefix]", "prefix is refused at rank 1: it drops the diagonal"),
+        (
+            "method=adalora eval.rules=[svd,trained]",
+            "trained is refused at rank 1.*adalora stand in no order of rank; allowed there: svd",
+        ),
         ("method=dylora method.draw=epoch", "method.draw=epoch is unknown"),
         ("eval.rules=[best]", "eval.rules=best is unknown"),
         ("eval.ranks=[64]", "eval.ranks: rank 64 is above"),
@@ -103,6 +150,14 @@ def test_the_papers_recipe(tmp_path):
         ("eval.limit=0", "eval.limit=0"),
         ("eval.engine=vllm", "eval.engine=vllm is unknown"),
         ("seed=-1", "seed=-1"),
+        ("seed=18446744073709551616", "seed=18446744073709551616 must be from 0 to 2"),
+        ("adapter.rank=1000000000000", "adapter.rank=1000000000000 is above 65,536, wider than"),
+        ("trainer.lr=1e300", r"trainer.lr=1e\+300 must be a positive number of at most 1,000"),
+        ("trainer.epochs=1e300", r"trainer.epochs=1e\+300 .* at most 1,000,000,000"),
+        ("trainer.max_steps=1000000000000", "at most 1,000,000,000 or null"),
+        ("trainer.weight_decay=1e300", r"weight_decay=1e\+300 .* of at most 1 / trainer.lr = 166"),
+        ("trainer.weight_decay=-1", "trainer.weight_decay=-1.0 must be 0 or"),
+        ("trainer.round_steps=down", "trainer.round_steps=down is unknown; allowed: nearest, up"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, override, message):
@@ -110,10 +165,120 @@ def test_wrong_values_are_refused(tmp_path, override, message):
         composed(tmp_path, *override.split())
 
 
-def test_a_file_in_the_folders_place(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written.*choose another folder"):
-        composed(tmp_path, f"output_dir={tmp_path / 'file'}")
+def test_a_decay_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ConfigCompositionException) as error:
+        composed(tmp_path, "method=nested_matryoshka", "method.decay=fast")
+    assert "'fast' of type 'str' could not be converted to Float" in str(error.value.__cause__)
+
+
+def test_null_reads_by_every_rule_that_the_method_allows_at_a_rank(tmp_path):
+    for method, rules in (
+        ("lora", {1: "prefix trained svd global", 32: "prefix trained svd global"}),
+        ("sora", {1: "svd global", 32: "trained svd global"}),
+    ):
+        config = composed(tmp_path, f"method={method}", "eval.ranks=[1,32]", "eval=arithmetic")
+        points = [point.rpartition(" ")[2] for point in points_of(config)]
+        assert points == [f"{rule}@{r}" for r, of_rank in rules.items() for rule in of_rank.split()]
+
+
+def test_checking_settings_writes_nothing(tmp_path):
+    composed(tmp_path, f"output_dir={tmp_path / 'new'}")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.learning_rate=0.5", "Key 'learning_rate' not in 'TrainerConfig'"),
+        ("++trainer.lr_max=0.5", "Key 'lr_max' not in 'TrainerConfig'"),
+        ("+method.frozn=true", "Key 'frozn' not in 'MethodConfig'"),
+        ("+epochs=3", "Key 'epochs' not in 'Config'; allowed: model, dataset"),
+    ],
+)
+def test_added_keys_are_refused(tmp_path, override, message):
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed(tmp_path, override)
+    assert message in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("output_dir=20240101_1200", "output_dir='20240101_1200'"),
+        ("++output_dir=1e5", "++output_dir='1e5'"),
+        ("model.revision=1e5,main,0012", "model.revision='1e5',main,0012"),
+        ("dataset.subset=true", "dataset.subset='true'"),
+        ("model.path=null", None),
+        ("output_dir='7'", None),
+        ("output_dir=${seed}", None),
+        ("output_dir=runs/1", None),
+        ("trainer.lr=1e5", None),
+        ("seed=1_0", None),
+        ("model=llama3_8b", None),
+        ("-m", None),
+    ],
+)
+def test_a_text_stays_as_typed(given, expected):
+    assert quote_texts([given]) == [expected or given]
+
+
+def test_a_folder_named_like_a_number(tmp_path):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose("train", quote_texts(["output_dir=20240101_1200", "model.revision=1e5"]))
+    config = typed_config(node)
+    assert (config.output_dir, config.model.revision) == ("20240101_1200", "1e5")
+
+
+UNREAD = [
+    ("method=lora method.frozen=true", "method.frozen is given, but method=lora", "only dylora"),
+    ("method.weights=[1,2]", "method=matryoshka does not read it", "only dylora, nested_dropout"),
+    ("method=nested_dropout +method.normalise=mean", "does not read it", "only matryoshka"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message", "readers"), UNREAD)
+def test_settings_of_other_methods_are_refused(tmp_path, caplog, overrides, message, readers):
+    config = composed(tmp_path, *[o.lstrip("+") for o in overrides.split()])
+    with pytest.raises(UserError, match=f"{message}.*{readers}"):
+        check_given(config, overrides.split())
+    check_given(config, overrides.split(), swept=True)  # may be meant for another of the sweep
+    assert readers in caplog.text
+    check_given(config, ["recipe=paper", "experiment=table2"])  # files may set them for all
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trainer.max_tokens=9 trainer.micro_batch=8", "trainer.micro_batch=8 sizes the forwards"),
+        ("trainer.max_tokens=9", None),
+        ("eval.batch_size=8", "it is for eval.engine=hf, not batched"),
+        ("eval.batch_size=8 eval.engine=hf", None),
+        ("eval.cuda_graphs=true eval.engine=hf", "it is for eval.engine=batched, not hf"),
+        (
+            "method=nested_dropout adapter.train_ranks=[32] method.weights=[1]",
+            "there is one trained sub-rank, 32",
+        ),
+        ("method=dylora adapter.train_ranks=[8,32] method.weights=[1,2]", None),
+        ("method=dylora method.independent=true", "method.draw=step draws one rank a step"),
+        ("method=dylora method.independent=true method.draw=sample", None),
+        ("method=lora adapter.train_ranks=[1,32]", "method=lora trains R alone"),
+        ("adapter.float32_diagonal=true", "model.dtype=float32 rounds nothing"),
+        ("trainer.round_steps=up", "trainer.epochs=3 is whole"),
+        ("trainer.round_steps=up trainer.epochs=0.5", None),
+        ("tracking.project=mine", "tracking=none tracks nothing"),
+        ("tracking=wandb tracking.project=mine", None),
+        ("model.revision=v2", "the model is the embedded one"),
+        ("dataset.revision=v2 dataset.path=here", "dataset.path=here is read"),
+        ("model=llama3_8b model.revision=v2 dataset.revision=v2", None),
+        ("hydra.verbose=true +trainer.lr=1", None),
+    ],
+)
+def test_a_given_setting_that_changes_nothing_is_said(tmp_path, caplog, override, reason):
+    config = composed(tmp_path, *[o.lstrip("+") for o in override.split()])
+    check_given(config, override.split())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (reason is not None)
+    assert reason is None or said[0].endswith(f"is given, but changes nothing: {reason}")
 
 
 OTHER_VALUES = {
@@ -127,12 +292,18 @@ OTHER_VALUES = {
     "method.normalise": "mean",
     "method.draw": "sample",
     "method.weights": [6.0, 1, 1, 1, 1, 1],
+    "method.decay": 0.5,
+    "method.warmup": 0.2,
+    "method.settle": 0.2,
+    "method.beta1": 0.9,
+    "method.beta2": 0.9,
     "adapter.rank": 64,
     "adapter.train_ranks": [1, 32],
     "adapter.scaling": "rank",
     "adapter.targets": ["q_proj"],
     "adapter.init": "paper",
     "adapter.dtype": "bfloat16",
+    "trainer.round_steps": "up",
     "eval.tasks": ["gsm8k:0"],
     "eval.ranks": [1, 4],
     "eval.rules": ["svd"],
@@ -157,22 +328,31 @@ def changed(config, key):
     return config
 
 
+def points_of(config):
+    entries = [*config.eval.tasks, "validation"]
+    return wanted_points(config, dict.fromkeys(entries, "content"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_changes_what_it_says(tmp_path, method):
     config = composed(tmp_path, f"method={method}", "eval.tasks=['gsm8k:3']")
     identity = ({"name": "m"}, "data")
     seen = set()
-    for effect in ("adapter", "evaluation", "fingerprint", "nothing"):
-        for key in affecting(config, effect):
+    for declared in ("adapter", "evaluation", "fingerprint", "nothing"):
+        for key in affecting(config, declared):
             if (key, method) == ("method.name", "lora"):
                 continue
             seen.add(key)
-            other = changed(config, key)
+            other, effect = changed(config, key), declared
+            if key in affecting(other, "adapter"):  # a later setting, at its default in `config`
+                effect = "adapter"
             hashes = run_hash(config, *identity) != run_hash(other, *identity)
             assert hashes == (effect == "adapter"), key
-            # Only these two: R is where the ranks to read end, and validation has points.
-            points = wanted_points(config) != wanted_points(other)
+            # R is where the ranks to read end, validation has points, and where the components of
+            # a method stand in no order, fewer rules are allowed.
+            points = points_of(config) != points_of(other)
             also = key in ("adapter.rank", "dataset.validation")
+            also |= key == "method.name" and not adapter_spec_of(config).ordered
             assert points == (effect == "evaluation" or also), key
             if key not in ("method.name", "adapter.rank"):  # on these other settings depend
                 kept_apart = variant(config, *identity) != variant(other, *identity)
@@ -226,6 +406,7 @@ def test_help_lists_every_setting_and_group():
         ("adapter.rnak=3", "did you mean rank"),
         ("adapter.rank=abc", "abc"),
         ("adapter.rank=0", "not a positive integer"),
+        ("method.frozen=true", "method=matryoshka does not read it, only dylora"),
     ],
 )
 def test_the_command_line_shows_one_line_and_exits_with_1(tmp_path, override, message):

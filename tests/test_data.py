@@ -1,5 +1,6 @@
 """Records, prompts and tokens: equal to the harness's, and every mistake named."""
 
+import copy
 import json
 
 import lm_eval.tasks
@@ -7,6 +8,7 @@ import numpy as np
 import pandas
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from matryoshka_lora.config import DatasetConfig
@@ -56,6 +58,24 @@ def test_prompt_text_and_token_boundary_are_the_harness_own(tokenizer):
         assert list(example.tokens[example.prompt_length :]) == [*target, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "platypus"])
+@pytest.mark.parametrize("added", ["<s> $A </s>", "$A </s>", "<s> $A"])
+def test_tokens_that_the_tokenizer_appends_are_left_out(tokenizer, caplog, name, added):
+    config = DatasetConfig(name=name)
+    records = RECORDS if name == "gsm8k" else [{"instruction": "Add.", "output": "5"}]
+    plain, _ = tokenize(records, config, tokenizer)
+    adding = copy.deepcopy(tokenizer)
+    eos, bos = adding.eos_token_id, 5
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=added, special_tokens=[("</s>", eos), ("<s>", bos)]
+    )
+    examples, counts = tokenize(records, config, adding)
+    first = (bos,) if added.startswith("<s>") else ()
+    assert [e.tokens for e in examples] == [(*first, *e.tokens) for e in plain]
+    assert [e.labels for e in examples] == [e.labels for e in plain]
+    assert ("the tokenizer appends </s>" in caplog.text) == added.endswith("</s>")
+
+
 def test_the_papers_prompt_keeps_the_space(tokenizer):
     examples, _ = tokenize(RECORDS[:1], gsm8k(prompt="paper"), tokenizer)
     text = tokenizer.decode(examples[0].tokens[: examples[0].prompt_length])
@@ -83,6 +103,25 @@ def test_truncated_and_fully_masked_examples_are_counted(tokenizer):
     assert counts == {"records": 11, "used": 10, "truncated": 11, "fully_masked": 1}
     with pytest.raises(ValueError, match="none of 10 examples keeps a label.*raise it"):
         tokenize(RECORDS, gsm8k(max_length=5), tokenizer)
+
+
+def test_a_prompt_that_fills_the_length_is_kept_where_asked(tokenizer):
+    """As in the paper's released code, which cuts prompt and answer and keeps what is left."""
+    longer = {"question": RECORDS[0]["question"] * 9, "answer": "1"}
+    prompt = f"Question: {longer['question']}\nAnswer: "
+    length = len(tokenizer(prompt)["input_ids"]) - 3
+    config = gsm8k(max_length=length, prompt="paper", keep_masked=True)
+    examples, counts = tokenize([*RECORDS, longer], config, tokenizer)
+    assert counts == {"records": 11, "used": 11, "truncated": 1, "fully_masked": 1}
+    assert list(examples[-1].tokens) == tokenizer(prompt)["input_ids"][:length]
+    assert (examples[-1].prompt_length, examples[-1].labels) == (length, 0)
+    batch = pack([examples[-1], Example((1, 2, 3), 1)])
+    assert batch.label_rows.tolist() == [length, length + 1] and batch.labels.tolist() == [2, 3]
+    # Everything else is as without them, and only they are not enough.
+    left, _ = tokenize([*RECORDS, longer], gsm8k(max_length=length, prompt="paper"), tokenizer)
+    assert left == examples[:-1]
+    with pytest.raises(ValueError, match="none of 1 examples keeps a label"):
+        tokenize([longer], config, tokenizer)
 
 
 def test_packing():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -27,15 +28,22 @@ from transformers import (
 
 from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config, adapter_spec_of
+from matryoshka_lora.core import rules
 from matryoshka_lora.core.adapter import (
+    adapter_layers,
     adapter_parameters,
+    adapter_view,
     add_adapters,
     at_rank,
+    set_importance,
 )
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.identity import model_identity
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
-from matryoshka_lora.models import model_identity
+from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods.base import single
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
@@ -79,6 +87,7 @@ def make_run(
     config.method.name = method
     config.adapter.rank, config.adapter.scaling = RANK, scaling
     config.adapter.train_ranks, config.adapter.targets = TRAIN_RANKS, targets
+    config.method.target_rank = 2
     model = adapted(config, base)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model).values():
@@ -90,9 +99,6 @@ def make_run(
         name=f"{method}-r{RANK}-{scaling}",
         config=dataclasses.asdict(config),
         run_hash="01234567",
-        git=None,
-        versions={},
-        device={},
         model=identity,
         data={},
         training={"steps": 1},
@@ -153,13 +159,103 @@ def test_peft_config_is_exact(
     run = read_run(make_run(tmp_path / "run", base, "matryoshka", scaling))
     export_peft(run, 4, rule, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, alpha, rslora)
+    assert (written["r"], written["lora_alpha"]) == (4, alpha)
+    # All that differs from PEFT's defaults, and nothing else: earlier versions refuse new keys.
+    keys = "peft_type task_type base_model_name_or_path inference_mode r lora_alpha target_modules"
+    assert written.keys() == {*keys.split(), *(["use_rslora"] if rslora else [])}
+    assert written.get("use_rslora", False) == rslora
     assert isinstance(written["lora_alpha"], int)
     assert sorted(written["target_modules"]) == sorted(TARGETS)
     assert written["base_model_name_or_path"] == str(base)
 
 
-@pytest.mark.parametrize("rule", ["prefix", "trained", "svd"])
+@pytest.mark.parametrize("method", ["adalora", "sora", "lora"])
+def test_each_layer_is_exported_at_its_own_rank(tmp_path: Path, base: Path, method: str) -> None:
+    folder = make_run(tmp_path / "run", base, method, "sqrt")
+    run = read_run(folder)
+    model = adapted(run.config, base)
+    load_adapter(folder / "adapter.safetensors", model)
+    names = list(adapter_layers(model))
+    adapter_layers(model)[names[0]].lora_B.data *= 1e-3  # it matters little
+    if method != "lora":
+        generator = torch.Generator().manual_seed(0)
+        importance = {name: torch.rand(RANK, generator=generator) for name in names}
+        importance[names[0]] *= 1e-3
+        set_importance(model, importance)
+    save_adapter(folder / "adapter.safetensors", model, adapter_facts(run.record.model, "01234567"))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for rank in (2, 4):
+        export_peft(run, rank, "global", tmp_path / f"peft{rank}")
+        export_merged(run, rank, "global", tmp_path / f"merged{rank}")
+        written = json.loads((tmp_path / f"peft{rank}" / "adapter_config.json").read_text())
+        ranks = written["rank_pattern"]
+        assert ranks == written["alpha_pattern"] and len(set(ranks.values())) > 1
+        p = rules.read(adapter_view(model), rank, "global").p
+        assert ranks == {name: int((own != 0).sum()) for name, own in p.items() if own.any()}
+        assert set(written["target_modules"]) == set(ranks) < set(names)
+        with at_rank(model, rank, "global"):
+            expected = logits(model)
+        peft = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / f"peft{rank}").eval()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{rank}")
+        for found in (logits(peft), logits(merged)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert (expected - logits(plain)).abs().max() > 1e-2
+    provenance = json.loads((tmp_path / "peft2" / "provenance.json").read_text())
+    assert (provenance["rule"], provenance["trained_rank"]) == ("global", None)
+    if method != "lora":
+        with pytest.raises(ValueError, match="prefix is refused at rank 2.*allowed there: svd"):
+            export_peft(run, 2, "prefix", tmp_path / "no")
+
+
+def test_peft_that_cannot_carry_an_adapter_is_refused(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "base"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "glm4_moe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    run = read_run(make_run(tmp_path / "run", folder, "lora", "none", ["gate_proj", "down_proj"]))
+    # PEFT takes these names for those of its fused experts and drops the layers.
+    with pytest.raises(UserError, match="PEFT cannot carry this adapter .*use format=merged"):
+        export_peft(run, 2, "prefix", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_merged(run, 2, "prefix", tmp_path / "merged")
+    model = adapted(run.config, folder)
+    load_adapter(run.folder.adapter, model)
+    with at_rank(model, 2, "prefix"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_export_without_peft_says_that_it_was_not_checked(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_peft(read_run(run), 2, "prefix", tmp_path / "with")
+    assert not caplog.records
+    monkeypatch.setitem(sys.modules, "peft", None)
+    export_peft(read_run(run), 2, "prefix", tmp_path / "without")
+    assert "not checked that PEFT can read this: peft is not installed" in caplog.text
+    assert (
+        len({(tmp_path / n / "adapter_config.json").read_bytes() for n in ("with", "without")}) == 1
+    )
+
+
+@pytest.mark.parametrize("rule", ["prefix", "trained", "svd", "global"])
 def test_merged_computes_the_same(tmp_path: Path, base: Path, run: Path, rule: str) -> None:
     out = tmp_path / "merged"
     export_merged(read_run(run), 4, rule, out)
@@ -268,6 +364,33 @@ def test_adapter_of_another_run_is_refused(
         assert str(folder.adapter) in str(caught.value)
 
 
+def edit_method(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As somebody who changes the diagonal in a file of `methods/` after training."""
+    info = METHODS[name]
+    edited = dataclasses.replace(
+        info, build=lambda shape, settings: single(torch.linspace(5, 2, shape.rank))
+    )
+    monkeypatch.setitem(METHODS, name, edited)
+
+
+@pytest.mark.parametrize("rule", ["trained", "svd"])
+def test_a_run_keeps_the_diagonal_it_was_trained_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    run = make_run(tmp_path / "run", base, "matryoshka", "none")
+    before = load_run(run)
+    export_peft(read_run(run), 4, rule, tmp_path / "before")
+    edit_method(monkeypatch, "matryoshka")
+    after = load_run(run)
+    assert adapter_spec_of(read_run(run).config).p_full[0] == 5
+    assert after.spec == before.spec and after.spec.p_full[0] == 3 == len(TRAIN_RANKS)
+    with at_rank(before.model, 4, rule), at_rank(after.model, 4, rule):
+        assert torch.equal(logits(before.model), logits(after.model))
+    export_peft(read_run(run), 4, rule, tmp_path / "after")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
+
+
 def test_adapter_of_an_earlier_version_is_read(tmp_path: Path, base: Path) -> None:
     """Until commit 6b47c28 the header held its facts one by one."""
     folder = RunFolder(make_run(tmp_path / "run", base, "dylora", "sqrt"))
@@ -342,9 +465,12 @@ def test_hub_model_is_read_at_the_recorded_revision(
     run: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = read_run(run)
-    trained.record.model["revision"] = "0123abc"
-    check_base(trained)  # a local folder in place of the hub's model
-    assert f"taking {base} for a copy" in caplog.text
+    trained.record.model |= {"revision": "0123abc", "config_sha256": None}
+    check_base(trained)  # a local folder in place of the hub's model, whose weights it has
+    assert not caplog.text
+    del trained.record.model["weights"]  # as in records of an older version
+    check_base(trained)
+    assert f"taking {base} for the base" in caplog.text
     trained.config.model.path = None
     check_base(trained)
     assert trained.config.model.revision == "0123abc"
@@ -356,7 +482,7 @@ def test_another_base_model_is_refused(tmp_path: Path, base: Path, run: Path) ->
     model.model.embed_tokens.weight.data += 1
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"not the one that .*weights_sha256"):
+    with pytest.raises(ValueError, match=r"not the one that .*weights is"):
         export_merged(read_run(run, str(other)), 2, "prefix", tmp_path / "out")
 
 

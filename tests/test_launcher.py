@@ -77,6 +77,34 @@ def test_jobs_share_the_slots_and_a_failed_one_stops_nobody(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_path):
+    """The process is the same until it is killed, and the job that killed it gets another try."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(os.getpid(), flush=True)\n"
+        "tried = os.path.exists(sys.argv[2])\n"
+        "open(sys.argv[2], 'w').close()\n"
+        "if sys.argv[1] == 'always' or (sys.argv[1] == 'once' and not tried):\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if sys.argv[1] == 'error':\n"
+        "    raise RuntimeError('of this job')\n"
+    )
+    kinds = ["fine", "error", "once", "always", "fine"]
+    jobs = [Job(f"{i}{kind}", (kind, str(tmp_path / str(i)))) for i, kind in enumerate(kinds)]
+    outcomes = run_jobs(jobs, gpu_slots(1), script, tmp_path / "logs")
+    errors = [outcome.error for outcome in outcomes]
+    assert errors[0] is errors[2] is errors[4] is None
+    assert errors[1] == "exit code 1: RuntimeError: of this job"
+    assert errors[3] is not None and errors[3].startswith("exit code -9")
+    first, failed, once, always, last = (
+        [line for line in outcome.log.read_text().splitlines() if line.isdigit()]
+        for outcome in outcomes
+    )
+    assert first == failed == once[:1] and once[1:] == always[:1]
+    assert len({*first, *once, *always, *last}) == 4 and len(once) == len(always) == 2
+
+
 def test_a_log_keeps_older_attempts_and_shown_output_is_logged_too(tmp_path, capfdbinary):
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
@@ -114,6 +142,18 @@ def test_slots_on_gpus(monkeypatch):
             find_slots(wrong)
     with pytest.raises(ValueError, match="does not divide"):
         find_slots(3, gpus_per_job=2)
+
+
+def test_several_workers_share_a_gpu_and_cpu_slots_need_none(monkeypatch):
+    monkeypatch.setattr(queue, "visible_gpus", lambda: ["0", "1"])
+    slots = find_slots(None, workers_per_gpu=2)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "0", "1"]
+    assert len(set(slot.name for slot in slots)) == 4
+    slots = find_slots(None, cpu_slots=3)
+    assert [slot.environment["OMP_NUM_THREADS"] for slot in slots] == ["1"] * 3
+    assert {slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots} == {""}
+    with pytest.raises(ValueError, match="workers_per_gpu=2"):
+        find_slots(None, gpus_per_job=2, workers_per_gpu=2)
 
 
 def test_slots_without_gpus_hide_every_gpu(monkeypatch):

@@ -1,5 +1,6 @@
 """Whole runs through the command a user types, on the embedded model and data."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,10 @@ from matryoshka_lora import pipeline, processes
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import load_run, read_run
+from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods.base import single
 from matryoshka_lora.pipeline import evaluate_run, run
 from matryoshka_lora.runs.folder import RECORD, RunFolder, run_path
 from matryoshka_lora.runs.record import read_record, write_record
@@ -80,7 +84,7 @@ def test_the_four_methods_run_end_to_end_and_a_second_time_only_show(tmp_path):
         assert record.data["used"] == 100 and record.data["truncated"] == 0
         readings = {(row.rank, row.rule) for row in record.rows}
         assert readings == {(0, "base")} | {
-            (rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained", "svd")
+            (rank, rule) for rank in (1, 2, 4) for rule in ("prefix", "trained", "svd", "global")
         }
         metrics = {(row.metric, row.filter) for row in record.rows}
         assert metrics == {
@@ -176,16 +180,40 @@ def test_a_finished_run_is_loaded_as_it_was_trained(tmp_path):
     assert not torch.equal(adapted, base)
 
 
+def test_an_evaluation_reads_the_runs_own_diagonal(tmp_path, monkeypatch):
+    """Whatever has become of the method since; and an adapter of other settings is refused."""
+    config = small_config(tmp_path, eval__rules=["trained", "svd"], eval__ranks=[2], eval__limit=2)
+    before = run(config)
+    folder = RunFolder(tmp_path / "runs" / before.name)
+    shutil.rmtree(folder.samples)
+    write_record(folder.record, dataclasses.replace(before, rows=[], evaluation=None))
+    with monkeypatch.context() as context:
+        edited = dataclasses.replace(
+            METHODS["matryoshka"], build=lambda shape, settings: single(torch.full((4,), 9.0))
+        )
+        context.setitem(METHODS, "matryoshka", edited)
+        after = evaluate_run(folder.path, config)
+    assert after.rows == before.rows
+    for changes, message in (
+        ({"method__name": "lora"}, "its method is matryoshka, the model's adapters have lora"),
+        ({"adapter__rank": 8}, "its rank is 4, the model's adapters have 8"),
+        ({"adapter__train_ranks": [1, 4]}, r"its train_ranks is \(1, 2, 4\)"),
+        ({"adapter__scaling": "sqrt"}, "its scaling is none, the model's adapters have sqrt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_run(folder.path, small_config(tmp_path, eval__tasks=[], **changes))
+
+
 def test_a_run_that_is_not_trained_or_has_another_base_is_not_read(tmp_path):
     config = small_config(tmp_path, eval__tasks=[], trainer__max_steps=1)
     with pytest.raises(ValueError, match=r"holds no record\.json, so it is no folder of a run"):
         evaluate_run(tmp_path, config)
     record = run(config)
     folder = RunFolder(tmp_path / "runs" / record.name)
-    record.model["weights_sha256"] = "0" * 64
+    record.model["weights"] = "0" * 64
     write_record(folder.record, record)
     for read in (load_run, lambda path: evaluate_run(path, config)):
-        with pytest.raises(ValueError, match="not the one that .*weights_sha256 is .* says 0000"):
+        with pytest.raises(ValueError, match="not the one that .*weights is .* says 0000"):
             read(folder.path)
     folder.adapter.unlink()
     for read in (load_run, read_run, lambda path: evaluate_run(path, config)):

@@ -43,7 +43,7 @@ def test_two_processes_equal_one(tmp_path, method):
     train(tmp_path / "one", *options)
     ((path, two),) = records(tmp_path / "two").items()
     ((reference, one),) = records(tmp_path / "one").items()
-    assert (two.device["processes"], one.device["processes"]) == (2, 1)
+    assert tuple(r.training_device["processes"] for r in (two, one)) == (2, 1)
     np.testing.assert_allclose(losses(path.parent), losses(reference.parent), rtol=1e-5)
     ours, theirs = (
         torch.cat([t.flatten() for t in load_file(p.parent / "adapter.safetensors").values()])
@@ -139,7 +139,7 @@ for kind in ("whole", "batched", "hf"):
         engine = HFEngine(model, tokenizer, 4)
     else:
         engine = BatchedEngine(model, tokenizer, lockstep=lockstep)
-    plan = plan_points(tiny_lm.spec(), [2, 4], ["prefix", "svd"], [1, 2, 4])
+    plan = plan_points(tiny_lm.view(), [2, 4], ["prefix", "svd"], [1, 2, 4])
     rows = run_sweep(
         model, tokenizer, tasks, plan, engine, Path(sys.argv[2]) / kind,
         processes=accelerator, lockstep=lockstep,
@@ -160,6 +160,62 @@ def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
     """FSDP2 with two gloo processes; NCCL and accelerate's own launch need GPUs."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
+
+
+RESUMED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_training import factors, make_config, make_examples, make_model
+from pathlib import Path
+from accelerate import Accelerator
+from matryoshka_lora.config import build_method
+from matryoshka_lora.methods import METHODS
+from matryoshka_lora.training.loop import fit
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+
+def fitted(folder, config):
+    model, method = make_model(config), build_method(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    fit(model, make_examples(), method, config, folder, accelerator)
+    return torch.cat([factors(model), *(x.double() for x in method.hooks.importance().values())])
+
+for name in METHODS:
+    config = make_config(name, max_steps=9, save_every=2)
+    config.method.frozen, config.method.target_rank, config.method.mask_every = True, 2, 1
+    folder = Path(sys.argv[2]) / name
+    whole = fitted(folder / "whole", config)
+    other = whole.clone()
+    torch.distributed.broadcast(other, 0)
+    assert torch.equal(whole, other), name
+    checkpoints = sorted((folder / "whole" / "checkpoints").glob("*.pt"))
+    assert [path.name for path in checkpoints] == ["step-00000006.pt", "step-00000008.pt"]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints[-1].unlink()  # as if it had been killed after step 6
+    accelerator.wait_for_everyone()
+    assert torch.equal(fitted(folder / "whole", config), whole), name
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_every_method_resumes_bit_for_bit_on_two_processes(tmp_path):
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

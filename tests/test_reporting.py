@@ -10,7 +10,7 @@ import pytest
 
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.reporting import (
-    format_comparison,
+    format_multirun,
     format_run_table,
     plot_tables,
     rank_table,
@@ -54,7 +54,7 @@ def row(rank, value, rule="prefix", metric="exact_match", **changes):
 def record(rows, status="finished", error=None, settings=None, **changes):
     settings = settings or config(**changes)
     name = f"{settings['method']['name']}-r{settings['adapter']['rank']}-seed{settings['seed']}"
-    return Record(status, name, settings, "0" * 8, None, {}, {}, {}, {}, error=error, rows=rows)
+    return Record(status, name, settings, "0" * 8, {}, {}, error=error, rows=rows)
 
 
 def write(path, one):
@@ -213,7 +213,7 @@ def test_loss_is_raw_low_is_best_and_last(tmp_path):
     # Equal values that beat others are both the best.
     third = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([3.0, 3.0, 1.1], metric="loss")]
     records = [record(rows), record(other, method="lora"), record(third, method="matryoshka")]
-    text = format_comparison(records)
+    text = format_multirun(records)
     assert text.count(">1.000") == 2 and "> marks the best" in text
 
 

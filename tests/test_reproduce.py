@@ -18,6 +18,7 @@ from test_launcher import environment, write_fake_slurm
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line, parse_options
 from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
@@ -58,6 +59,8 @@ def trained(monkeypatch):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = build_config(compose("train", list(job.overrides)))
         inputs = prepare(config)
+        tasks = fingerprints_of(load_own_and_harness_tasks(config))
+        fingerprints = inputs.fingerprints | tasks
         errors = [fails[text] for text in job.overrides if text in fails]
         loss = abs(math.log(config.trainer.lr / 3e-4))
         row = Row("validation", 0, None, None, 1, config.eval.rules[0], "loss", loss, None, 1, None)
@@ -70,13 +73,11 @@ def trained(monkeypatch):
             name=str(inputs.folder.relative_to(Path(config.output_dir) / "runs")),
             config=dataclasses.asdict(config),
             run_hash=inputs.run_hash,
-            git=None,
-            versions={},
-            device={"kind": "cpu", "name": "this one"},
+            phases=[{"phase": "training", "device": {"kind": "cpu", "name": "this one"}}],
             model=inputs.model,
             data=inputs.data,
             training={"seconds": 60.0, "steps": 3},
-            evaluation={"seconds": 30.0, "finished": wanted_points(config)},
+            evaluation={"seconds": 30.0, "finished": wanted_points(config, fingerprints)},
             error=errors[0] if errors else None,
             rows=[] if errors else rows,
         )
@@ -333,7 +334,7 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
         (["table2", "tiny"], "'tiny' is not key=value"),
         (["table2", "limit=1", "limit=2"], "given twice"),
         (["table2", "model=tiny", "scalings=cube"], "adapter.scaling=cube is unknown"),
-        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must not be negative"),
+        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must be from 0"),
         (["table2", "model=tiny", "lrs=0"], "trainer.lr=0.0 must be a positive number"),
         (["table2", "model=tiny", "ranks=0"], "adapter.rank=0"),
         (["table2", "model=tiny", "dataset.path=nowhere"], "nowhere is not a folder"),

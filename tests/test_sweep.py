@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from matryoshka_lora.core.adapter import adapter_layers, at_rank
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import AdapterView
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
@@ -78,7 +79,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan() -> Plan:
-    return plan_points(tiny_lm.spec(), tiny_lm.TRAIN_RANKS, RULES, tiny_lm.TRAIN_RANKS)
+    return plan_points(tiny_lm.view(), tiny_lm.TRAIN_RANKS, RULES, tiny_lm.TRAIN_RANKS)
 
 
 def sweep(data: Path, folder: Path, engine, plan: Plan, limit: int | None = None, **options):
@@ -97,7 +98,7 @@ def lines(folder: Path) -> dict[str, list[str]]:
 
 
 def test_plan_evaluates_equal_functions_once() -> None:
-    plan = plan_points(tiny_lm.spec(), [1, 3, 4], RULES, tiny_lm.TRAIN_RANKS)
+    plan = plan_points(tiny_lm.view(), [1, 3, 4], RULES, tiny_lm.TRAIN_RANKS)
     evaluated = [(p.rank, p.rule) for p in plan.points]
     assert evaluated == [(0, "base")] + [
         (rank, rule) for rank in (1, 3, 4) for rule in RULES if (rank, rule) != (4, "svd")
@@ -112,7 +113,7 @@ def test_plan_evaluates_equal_functions_once() -> None:
 
 def test_plan_of_a_method_that_trains_prefixes() -> None:
     spec = AdapterSpec(4, "none", (1.0,) * 4, trains_prefixes=True)
-    plan = plan_points(spec, [2, 4], ["trained", "svd"], [1, 2, 4])
+    plan = plan_points(AdapterView(spec), [2, 4], ["trained", "svd"], [1, 2, 4])
     # The stand-in is evaluated although it was not asked for; rows are of what was asked.
     assert [(p.rank, p.rule) for p in plan.points] == [
         *((0, "base"), (2, "prefix"), (2, "svd"), (4, "prefix")),
@@ -138,7 +139,7 @@ def test_plan_of_a_method_that_trains_prefixes() -> None:
 )
 def test_bad_plans(ranks: list[int], rules: list[str], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        plan_points(tiny_lm.spec(), ranks, rules, tiny_lm.TRAIN_RANKS)
+        plan_points(tiny_lm.view(), ranks, rules, tiny_lm.TRAIN_RANKS)
 
 
 # Truth: the harness's own evaluation
@@ -200,7 +201,7 @@ def hf_sweep(data: Path, tmp_path_factory: pytest.TempPathFactory):
     (folder / "data" / "arc_challenge").symlink_to(data / "arc_challenge")
     specs = [("arithmetic_word_problems", 0), ("arc_challenge", 3)]
     tasks = load_tasks(specs, data_path=folder / "data", limit=4)
-    plan = plan_points(tiny_lm.spec(), [1, 2], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
+    plan = plan_points(tiny_lm.view(), [1, 2], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
     readings = {key: plan.readings[key] for key in READINGS}
     plan = replace(plan, points=tuple(readings.values()), readings=readings)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()).train(), tiny_lm.tokenizer()
@@ -260,7 +261,7 @@ def test_equals_the_harness_command_line(
     """`lm_eval --model hf` on a folder: the base model, and the adapter merged into it."""
     rank, rule = reading
     tasks = load_tasks([("gsm8k", 3), ("arc_challenge", 3)], data_path=data, limit=4)
-    plan = plan_points(tiny_lm.spec(), [rank or 1], [rule if rank else "prefix"], [1, 2, 4])
+    plan = plan_points(tiny_lm.view(), [rank or 1], [rule if rank else "prefix"], [1, 2, 4])
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
     rows = run_sweep(model, tokenizer, tasks, plan, HFEngine(model, tokenizer, 3), tmp_path / "s")
 
@@ -294,11 +295,11 @@ def test_equals_the_harness_command_line(
 def test_rows_and_lines(data: Path, tmp_path: Path, plan: Plan) -> None:
     engine, told = FakeEngine(), []
     rows = sweep(
-        data, tmp_path, engine, plan, on_point=lambda task, point, of: told.append((point, of))
+        data, tmp_path, engine, plan, on_point=lambda task, point, of, new: told.append((point, of))
     )
     documents = 7
     assert len({row.key for row in rows}) == len(rows) == 2 * 3 * len(plan.readings)
-    assert next(r for r in rows if r.task == "gsm8k").key[3:] == (
+    assert next(r for r in rows if r.task == "gsm8k").key[3:-1] == (
         *("strict-match", 0, "base", "exact_match"),
     )
     for row in rows:
@@ -308,7 +309,7 @@ def test_rows_and_lines(data: Path, tmp_path: Path, plan: Plan) -> None:
     assert {(r.rank, r.rule, r.same_as) for r in same} == {(4, "svd", "trained@4")}
     twin = {r.key: r for r in rows}
     for row in same:
-        other = twin[(*row.key[:4], 4, "trained", row.metric)]
+        other = twin[(*row.key[:4], 4, "trained", *row.key[6:])]
         assert (other.value, other.stderr, other.scores) == (row.value, row.stderr, row.scores)
     # Each point of each task is told once, with its rows; the first is the main metric.
     assert Counter(point for point, _ in told) == dict.fromkeys(plan.points, 2)
@@ -327,7 +328,7 @@ def test_rows_and_lines(data: Path, tmp_path: Path, plan: Plan) -> None:
 def test_order_and_mixing_do_not_matter(data: Path, tmp_path: Path, plan: Plan) -> None:
     rows = sweep(data, tmp_path / "a", FakeEngine(), plan)
     assert sweep(data, tmp_path / "b", FakeEngine(shuffle=1), plan) == rows
-    backwards = plan_points(tiny_lm.spec(), [4, 2, 1], RULES[::-1], tiny_lm.TRAIN_RANKS)
+    backwards = plan_points(tiny_lm.view(), [4, 2, 1], RULES[::-1], tiny_lm.TRAIN_RANKS)
     other = sweep(data, tmp_path / "c", FakeEngine(shuffle=2), backwards)
     assert {row.key: row for row in other} == {row.key: row for row in rows}
     assert lines(tmp_path / "a") == lines(tmp_path / "b") == lines(tmp_path / "c")
@@ -410,7 +411,7 @@ def test_a_line_that_would_change_n_or_a_mean_is_refused(
     """Wherever it is: a last line is dropped only where it is not JSON."""
     (task,) = load_tasks([("arc_challenge", 0)], data_path=data, limit=3)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
-    plan = plan_points(tiny_lm.spec(), [1], ["prefix"], [1])
+    plan = plan_points(tiny_lm.view(), [1], ["prefix"], [1])
     run_sweep(model, tokenizer, [task], plan, FakeEngine(), tmp_path)
     path = samples_path(tmp_path, task)
     whole = [json.loads(x) | {"target_tokens": 3} for x in path.read_text().splitlines()]
@@ -437,7 +438,7 @@ def test_scores_in_memory_are_those_that_are_read_back(
         "by_kind": {1: np.array([0.1, float("inf")]), None: {"a": Path("x")}, 2.5: 1e-300},
     }
     monkeypatch.setattr(task._task, "process_results", lambda doc, results: values)
-    point = plan_points(tiny_lm.spec(), [1], ["prefix"], [1]).points[1]
+    point = plan_points(tiny_lm.view(), [1], ["prefix"], [1]).points[1]
     store = Samples(tmp_path, task, "a")
     with store.appending() as append:
         for doc_id in range(2):
@@ -454,7 +455,7 @@ def test_a_score_that_could_not_be_read_again_is_not_written(
 ) -> None:
     (task,) = load_tasks([("arc_challenge", 0)], data_path=data, limit=1)
     task.requests(harness_lm(tiny_lm.model(2048), tiny_lm.tokenizer()))
-    point = plan_points(tiny_lm.spec(), [1], ["prefix"], [1]).points[1]
+    point = plan_points(tiny_lm.view(), [1], ["prefix"], [1]).points[1]
     store = Samples(tmp_path, task, "")
     outputs = [Output(logprob=-1.0) for _ in task.document_requests(0)]
     for made, match in (({"acc": np.nan}, "acc is nan"), ({}, "it has no scores")):
@@ -475,14 +476,14 @@ def test_rows_of_a_group_come_when_its_last_task_is_complete(data: Path, tmp_pat
         ]
         tiny_lm.write_jsonl(folder / member.removeprefix("mmlu_") / "test.jsonl", documents)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model(2048)), tiny_lm.tokenizer()
-    plan = plan_points(tiny_lm.spec(), [1, 4], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
+    plan = plan_points(tiny_lm.view(), [1, 4], ["prefix", "svd"], tiny_lm.TRAIN_RANKS)
 
     def once(engine: FakeEngine) -> tuple[list[Row], list[tuple[str, Point, list[Row]]]]:
         told = []
         tasks = load_tasks([("mmlu_humanities", 0)], data_path=folder)
         rows = run_sweep(
             *(model, tokenizer, tasks, plan, engine, tmp_path / "samples"),
-            on_point=lambda source, point, of: told.append((source.name, point, of)),
+            on_point=lambda source, point, of, new: told.append((source.name, point, of)),
         )
         return rows, told
 
@@ -559,7 +560,7 @@ def test_values_that_are_no_numbers_are_null(data: Path, tmp_path: Path) -> None
             for index, output in super().run(jobs):
                 yield index, Output(text=output.text, logprob=float("nan"))
 
-    plan = plan_points(tiny_lm.spec(), [1], ["prefix"], [1])
+    plan = plan_points(tiny_lm.view(), [1], ["prefix"], [1])
     rows = sweep(data, tmp_path, Broken(), plan, limit=2)
     for row in rows:
         if row.metric == "loss":
@@ -583,11 +584,11 @@ def test_engine_is_closed_before_the_factors_go_back(data: Path, tmp_path: Path)
             finally:
                 seen.append(layer.lora_A.data_ptr() == trained)
 
-    def interrupt(task, point, rows):
+    def interrupt(task, point, rows, computed):
         if point.factors == "svd":
             raise KeyboardInterrupt
 
-    plan = plan_points(tiny_lm.spec(), [1, 2], ["svd"], [1, 2])
+    plan = plan_points(tiny_lm.view(), [1, 2], ["svd"], [1, 2])
     with pytest.raises(KeyboardInterrupt):
         run_sweep(
             *(model, tiny_lm.tokenizer(), [task], plan, Holding(), tmp_path), on_point=interrupt
@@ -611,7 +612,7 @@ data, out = Path(sys.argv[2]), Path(sys.argv[3])
 sweep.GATHER_EVERY = 5
 processes = Accelerator(cpu=True)
 assert processes.num_processes == 2
-plan = test_sweep.plan_points(tiny_lm.spec(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
+plan = test_sweep.plan_points(tiny_lm.view(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
 for name, lockstep in (("sharded", False), ("lockstep", True)):
     for attempt in ("first", "again"):
         engine = test_sweep.FakeEngine(shuffle=processes.process_index)
@@ -626,7 +627,7 @@ for name, lockstep in (("sharded", False), ("lockstep", True)):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
-    plan = plan_points(tiny_lm.spec(), (1, 4), RULES, tiny_lm.TRAIN_RANKS)
+    plan = plan_points(tiny_lm.view(), (1, 4), RULES, tiny_lm.TRAIN_RANKS)
     alone = FakeEngine()
     rows = [vars(row) for row in sweep(data, tmp_path / "alone", alone, plan)]
     script = tmp_path / "worker.py"

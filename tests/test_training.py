@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
-from matryoshka_lora.config import Config, adapter_spec_of, build_method
+from matryoshka_lora.config import Config, TrainerConfig, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
-from matryoshka_lora.methods import Hooks
+from matryoshka_lora.methods import METHODS, Hooks
 from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
@@ -58,6 +59,7 @@ def make_config(method="matryoshka", **trainer):
 def make_model(config, dtype=torch.float32, fill_B=False):
     model = small_llama(dtype=dtype)
     add_adapters(model, adapter_spec_of(config), TARGETS, dtype=dtype, seed=config.seed)
+    build_method(config).hooks.initialise(adapter_parameters(model), config.seed)
     if fill_B:
         generator = torch.Generator().manual_seed(1)
         for layer in adapter_layers(model).values():
@@ -110,7 +112,7 @@ def loss_and_gradients(model, examples, diagonals, micro, packed):
     return total, torch.cat(grads)
 
 
-@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
+@pytest.mark.parametrize("method", ["matryoshka", "nested_dropout", "nested_matryoshka"])
 @pytest.mark.parametrize(
     ("dtype", "loss_bound", "grad_bound"),
     [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)],
@@ -123,7 +125,7 @@ def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
     chosen = build_method(config)
     examples = make_examples(8)
     choice = chosen.choose(0, 0, 8, None)
-    p = chosen.diagonals[choice] if method == "nested_dropout" else chosen.diagonals[0]
+    p = chosen.diagonals[choice] if chosen.draw == "sample" else chosen.diagonals[0]
     model = make_model(config, dtype, fill_B=True)
     # The reference runs each sample alone, with nothing of ours around the model.
     reference, expected = 0.0, None
@@ -246,11 +248,12 @@ def batch_loss_per_document(model, examples):
     return [part.sum().item() for part in losses.split([e.labels for e in examples])]
 
 
-@pytest.mark.parametrize("method", ["matryoshka", "dylora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkeypatch):
     config = make_config(method, max_steps=9, save_every=2)
-    config.method.frozen = method == "dylora"
-    reference, rows, _ = train(tmp_path / "whole", config)
+    config.method.frozen, config.method.target_rank, config.method.mask_every = True, 2, 1
+    hooks = build_method(config).hooks
+    reference, rows, _ = train(tmp_path / "whole", config, hooks=hooks)
 
     class Killed(BaseException):
         pass
@@ -275,8 +278,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, monkey
             on_step=kill,
         )
     assert len(list((folder / "checkpoints").glob("*.pt"))) == 2
-    resumed, resumed_rows, summary = train(folder, config)
+    resumed_hooks = build_method(config).hooks
+    resumed, resumed_rows, summary = train(folder, config, hooks=resumed_hooks)
     assert torch.equal(factors(resumed), factors(reference))
+    importance = resumed_hooks.importance()
+    assert all(torch.equal(x, importance[name]) for name, x in hooks.importance().items())
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
     assert [row["step"] for row in resumed_rows] == list(range(9))
     assert summary["steps"] == 9
@@ -415,6 +421,23 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path, damage, message):
     with pytest.raises(ValueError, match=f"step-00000002.pt.*{message}"):
         train(tmp_path, config, model)
     assert torch.equal(factors(model), before)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_examples_without_a_label_take_places_and_change_no_loss(tmp_path, packed):
+    """As the released code keeps them: a batch has fewer labels, a forward may have none."""
+    masked = [Example(tuple(range(10 + n)), 10 + n) for n in range(4)]
+    labelled = make_examples(4)
+    config = make_config(packed=packed, effective_batch=8, micro_batch=1, max_steps=1)
+    _, (mixed,), _ = train(tmp_path / "mixed", config, examples=[*labelled, *masked])
+    config = make_config(packed=packed, effective_batch=4, micro_batch=1, max_steps=1)
+    _, (alone,), _ = train(tmp_path / "alone", config, examples=labelled)
+    assert mixed["label_tokens"] == alone["label_tokens"]
+    assert mixed["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert mixed["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
+    config = make_config(effective_batch=1)
+    with pytest.raises(UserError, match="no sample of step 1 has a label; raise trainer.effect"):
+        train(tmp_path / "none", config, examples=masked)
 
 
 def test_the_base_is_untouched_and_the_loss_falls(tmp_path):
@@ -664,8 +687,15 @@ def test_every_sample_is_used_once_an_epoch():
         seen = np.concatenate([batch_ids(3, step, 50, 8) for step in steps])
         assert sorted(seen) == list(range(50))
     assert not np.array_equal(batch_ids(3, 0, 50, 8), batch_ids(3, 7, 50, 8))
-    assert total_steps(50, 8, 3, None) == 21
-    assert total_steps(50, 8, 3, 5) == 5
+
+    def steps(epochs, max_steps=None, round_steps="nearest"):
+        given = {"epochs": epochs, "max_steps": max_steps, "round_steps": round_steps}
+        return total_steps(50, TrainerConfig(effective_batch=8, **given))
+
+    assert (steps(3), steps(3, 5)) == (21, 5)
+    # An epoch is 7 steps, a third of it 2.33, for which transformers' Trainer takes 3.
+    assert (steps(1 / 3), steps(1 / 3, round_steps="up"), steps(3, round_steps="up")) == (2, 3, 21)
+    assert (steps(0.01), steps(0.01, round_steps="up")) == (1, 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

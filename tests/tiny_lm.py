@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from matryoshka_lora.core.adapter import adapter_layers, add_adapters
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
+from matryoshka_lora.core.rules import AdapterView
 from matryoshka_lora.core.spec import AdapterSpec
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
@@ -100,6 +101,11 @@ def model(window: int = 512) -> LlamaForCausalLM:
 def spec() -> AdapterSpec:
     p = matryoshka_diagonal(TRAIN_RANKS, RANK, "none")
     return AdapterSpec(RANK, "none", tuple(p.tolist()), trains_prefixes=False)
+
+
+def view() -> AdapterView:
+    """The spec alone, which is all that the rules but `global` need."""
+    return AdapterView(spec())
 
 
 def adapt(base: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -1,1 +1,1 @@
-"""Hydra launcher `hydra/launcher=gpu_queue`: one fresh process a job on the GPUs of this host."""
+"""Hydra launcher `hydra/launcher=gpu_queue`: jobs one after the other on the GPUs of this host."""

@@ -27,13 +27,16 @@ class GpuQueueConf:
     """Settings below `hydra.launcher`.
 
     gpus: null for all visible GPUs, a number, or a list of ids; on a host without GPUs a number of
-    CPU slots. gpus_per_job: more than one starts that many processes a job. logs: folder for the
-    output of the jobs.
+    CPU slots. gpus_per_job: more than one starts that many processes a job. workers_per_gpu: jobs
+    that share a GPU. slots: so many CPU slots of one thread each instead, whatever GPUs there are.
+    logs: folder for the output of the jobs.
     """
 
     _target_: str = "hydra_plugins.gpu_queue.launcher.GpuQueueLauncher"
     gpus: Any = None
     gpus_per_job: int = 1
+    workers_per_gpu: int = 1
+    slots: int | None = None
     logs: str = "${output_dir}/logs"
 
 
@@ -43,11 +46,13 @@ ConfigStore.instance().store(
 
 
 class GpuQueueLauncher(Launcher):
-    """Starts the program anew for each job of a sweep, on the next GPU that is free."""
+    """Runs the program for each job of a sweep in a process of the next GPU that is free."""
 
-    def __init__(self, gpus: Any, gpus_per_job: int, logs: str) -> None:
+    def __init__(
+        self, gpus: Any, gpus_per_job: int, workers_per_gpu: int, slots: int | None, logs: str
+    ) -> None:
         self.gpus = OmegaConf.to_container(gpus) if OmegaConf.is_config(gpus) else gpus
-        self.gpus_per_job = gpus_per_job
+        self.gpus_per_job, self.workers_per_gpu, self.slots = gpus_per_job, workers_per_gpu, slots
         self.logs = Path(logs)
         self.config: DictConfig | None = None
 
@@ -75,7 +80,12 @@ class GpuQueueLauncher(Launcher):
             )
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
-        slots = find_slots(self.gpus, self.gpus_per_job)  # type: ignore[arg-type]
+        slots = find_slots(
+            self.gpus,  # type: ignore[arg-type]
+            self.gpus_per_job,
+            self.workers_per_gpu,
+            self.slots,
+        )
         logger.info("%d jobs on %s", len(jobs), ", ".join(slot.name for slot in slots))
         outcomes = run_jobs(jobs, slots, Path(sys.argv[0]), self.logs)
         failed = [outcome for outcome in outcomes if outcome.error is not None]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.layer import RANK_AXIS, AdapterLinear, sizes_of
-from matryoshka_lora.core.rules import FACTOR_SETS, FactorSet, read
+from matryoshka_lora.core.rules import (
+    FACTOR_SETS,
+    AdapterView,
+    Components,
+    Diagonal,
+    FactorSet,
+    read,
+)
 from matryoshka_lora.core.spec import AdapterSpec
 
 logger = logging.getLogger(__name__)
@@ -31,6 +38,8 @@ class _State:
     """The factor set that the layers hold now."""
     trained: dict[str, Factors] = field(default_factory=dict)
     """Layer -> its factors as trained, while another set is in place."""
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> (R,), what the method says of its components; empty: their singular values tell."""
 
 
 def init_bound(init: str, in_features: int, rank: int) -> float:
@@ -54,15 +63,22 @@ def add_adapters(
     init: str = "lora",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    without: Sequence[str] = (),
 ) -> list[str]:
     """Freeze `model` and replace every layer whose last name segment is in `targets`.
 
+    without: names of modules whose layers get none, such as a tower that text does not go through.
     dtype: of the factors. A is drawn on the CPU from a generator of its own, layer by layer in the
     order of the names, so the start does not depend on the device or on the global random state.
     Returns the names of the adapted layers. Raises UserError if a target matches nothing, or names
     something that is no linear map, or is adapted already.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in targets
+        and not any(name.startswith(f"{outside}.") for outside in without)
+    ]
     found = {name.rpartition(".")[2] for name in names}
     linear = sorted(
         {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -91,7 +107,9 @@ def add_adapters(
         base = model.get_submodule(name)
         device = next(base.parameters()).device
         p = shared.setdefault(device, p_full.to(device))
-        layer = AdapterLinear(base, p, dtype, gated=spec.gated)
+        layer = AdapterLinear(
+            base, p, dtype, gated=spec.gated, float32_diagonal=spec.float32_diagonal
+        )
         if device.type != "meta":
             bound = init_bound(init, layer.in_features, spec.rank)
             start = torch.empty(layer.lora_A.shape, dtype=torch.float32)
@@ -141,7 +159,63 @@ def layer_parameters(layer: AdapterLinear) -> dict[str, nn.Parameter]:
     return {role: parameter for role, parameter in found.items() if parameter is not None}
 
 
-def set_diagonal(model: nn.Module, p: Tensor | Mapping[str, Tensor]) -> None:
+def set_importance(model: nn.Module, importance: Mapping[str, Tensor]) -> None:
+    """Keep what a method says of the components, layer -> (R,), for rules and for the file.
+
+    It is kept in float32 on the CPU, as a file holds it. Empty: the singular values tell.
+    """
+    _state(model).importance = {
+        name: values.detach().float().cpu() for name, values in importance.items()
+    }
+
+
+def adapter_importance(model: nn.Module) -> dict[str, Tensor]:
+    """What `set_importance` has set."""
+    return dict(_state(model).importance)
+
+
+def adapter_view(model: nn.Module) -> AdapterView:
+    """What rules see of the model's adapters, whichever factor set is in place."""
+    state = _state(model)
+
+    def trained() -> dict[str, Factors]:
+        if state.in_place != "trained":
+            return state.trained
+        return {name: _data(layer) for name, layer in adapter_layers(model).items()}
+
+    return view_of(state.spec, trained, state.importance)
+
+
+def view_of(
+    spec: AdapterSpec,
+    trained: Callable[[], Mapping[str, Factors]],
+    importance: Mapping[str, Tensor],
+) -> AdapterView:
+    """An adapter as rules see it. trained: layer -> the factors that training left, by role.
+
+    Components are as important as the method says, and where it says nothing, as their singular
+    values are large.
+    """
+
+    def look(factor_set: FactorSet) -> dict[str, Components]:
+        found = {}
+        for name, factors in trained().items():
+            A, B, p = factors["lora_A"], factors["lora_B"], _effective_p_full(factors, spec)
+            if factor_set == "svd":
+                # R may exceed a layer's width; the missing directions are zero.
+                values = singular_values(A, B, p).cpu()
+                values = torch.cat([values, values.new_zeros(spec.rank - len(values))])
+                live = values > 0
+            else:
+                nothing = torch.zeros(spec.rank)
+                values, live = importance.get(name, nothing).double(), (p != 0).cpu()
+            found[name] = Components(A.shape[1] + B.shape[0], values, live)
+        return found
+
+    return AdapterView(spec, look, "trained" if importance else "svd")
+
+
+def set_diagonal(model: nn.Module, p: Diagonal) -> None:
     """Give the adapter layers the diagonal `p`: one for all, or by name each layer its own.
 
     See `AdapterLinear` for the shapes that a diagonal may have. It may carry gradients.
@@ -156,7 +230,7 @@ def set_diagonal(model: nn.Module, p: Tensor | Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def diagonal(model: nn.Module, p: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
+def diagonal(model: nn.Module, p: Diagonal) -> Iterator[None]:
     """`set_diagonal` for the length of a block."""
     before = {name: layer.p for name, layer in adapter_layers(model).items()}
     try:
@@ -186,16 +260,31 @@ def principal_factors(A: Tensor, B: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return A_new, B_new
 
 
+@torch.no_grad()
+def singular_values(A: Tensor, B: Tensor, p: Tensor) -> Tensor:
+    """Those of the update `B diag(p) A`, falling, (min(R, in, out),), float64.
+
+    A: (R, in), B: (out, R), p: (R,). The squares of what `principal_factors` splits over both.
+    """
+    _, r_out = torch.linalg.qr(B.double() * p.double(), mode="r")
+    _, r_in = torch.linalg.qr(A.double().T, mode="r")
+    return torch.linalg.svdvals(r_out @ r_in.T)
+
+
 def factors_of(trained: Mapping[str, Tensor], spec: AdapterSpec, factor_set: FactorSet) -> Factors:
     """The factors of one layer in a factor set, from those that training left, by role."""
     if factor_set == "trained":
         return dict(trained)
-    p_full = torch.tensor(spec.p_full, dtype=torch.float32, device=trained["lora_A"].device)
-    if gate := trained.get("lora_gate") is not None:
-        p_full = p_full * trained["lora_gate"]
+    p_full = _effective_p_full(trained, spec)
     A, B = principal_factors(trained["lora_A"], trained["lora_B"], p_full)
     made = {"lora_A": A, "lora_B": B}
-    return made | {"lora_gate": torch.ones_like(p_full)} if gate else made
+    return made | {"lora_gate": torch.ones_like(p_full)} if "lora_gate" in trained else made
+
+
+def _effective_p_full(trained: Mapping[str, Tensor], spec: AdapterSpec) -> Tensor:
+    """The diagonal of the full update of one layer, gate included, (R,)."""
+    p_full = torch.tensor(spec.p_full, dtype=torch.float32, device=trained["lora_A"].device)
+    return p_full * trained["lora_gate"] if "lora_gate" in trained else p_full
 
 
 @contextmanager
@@ -242,8 +331,8 @@ def at_rank(model: nn.Module, rank: int, rule: str = "trained") -> Iterator[None
 
     rank 0 is the base model; see `rules` for the rules. Blocks may stand inside each other: the
     innermost holds. Factors and diagonal are restored bit-exactly on leaving. Raises UserError for
-    an unknown rule or a rank outside 0..R.
+    an unknown rule, one that the adapter cannot be read by, or a rank outside 0..R.
     """
-    reading = read(adapter_spec(model), rank, rule)
+    reading = read(adapter_view(model), rank, rule)
     with use_factors(model, reading.factors), diagonal(model, reading.p):
         yield

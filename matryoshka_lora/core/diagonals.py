@@ -1,4 +1,4 @@
-"""The paper's idea: what stands on the diagonal between the two LoRA factors.
+"""The paper's idea: train with the sum of the prefix masks of all sub-ranks as the diagonal.
 
 An adapted layer computes `y = x W0^T + ((x A^T) * p) B^T`; a method is a choice of `p`. With `S`
 the trained sub-ranks, `1[i<=r]` the prefix mask (i counts from 1) and `s_r` the scale of rank r:
@@ -22,7 +22,7 @@ SCALINGS = ("none", "sqrt", "rank")
 
 
 def powers_of_two(max_rank: int) -> list[int]:
-    """1, 2, 4, ... up to `max_rank`, which is itself included also where it is no power of two."""
+    """1, 2, 4, ... up to `max_rank`, which is always included, even if it is not a power of two."""
     check_rank(max_rank, max_rank)
     return sorted({2**k for k in range(max_rank.bit_length())} | {max_rank})
 
@@ -55,6 +55,12 @@ def matryoshka_diagonal(train_ranks: Sequence[int], max_rank: int, scaling: str)
     """
     check_train_ranks(train_ranks, max_rank)
     return torch.stack([prefix_diagonal(r, max_rank, scaling) for r in train_ranks]).sum(0)
+
+
+def power_diagonal(decay: float, max_rank: int, scaling: str) -> Tensor:
+    """`s_R (R/i)^decay`, i = 1..R, shape (max_rank,): a smooth form of Algorithm 1's steps."""
+    places = torch.arange(1, max_rank + 1, dtype=torch.float32)
+    return lora_diagonal(max_rank, scaling) * (max_rank / places) ** decay
 
 
 def check_rank(rank: int, max_rank: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,21 @@ class CannotWrite(OSError, UserError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def check_writable(folder: Path, setting: str, advice: str) -> None:
+    """Raises UserError unless `folder` is, or can be made, a folder that can be written.
+
+    setting: what named the folder; advice: what to do instead.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting}: {folder} cannot be written ({error.strerror}); {advice}"
+        ) from None
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -1,6 +1,7 @@
-"""The adapter layer. There is one, with one forward: methods and rules only set its diagonal."""
+"""The adapter layer. All methods use this one layer and this one forward; they only set `p`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,17 @@ from matryoshka_lora.core.errors import UserError
 
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
 """Parameters of a layer by their role, the last segment of their name -> the axis of the rank."""
+
+T = TypeVar("T")
+
+
+def by_layer(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """`<layer>.<role>` -> x as layer -> role -> x, in the same order."""
+    found: dict[str, dict[str, T]] = {}
+    for name, value in named.items():
+        layer, _, role = name.rpartition(".")
+        found.setdefault(layer, {})[role] = value
+    return found
 
 
 class AdapterLinear(nn.Linear):
@@ -22,7 +34,8 @@ class AdapterLinear(nn.Linear):
     (1, tokens, R) a rank for each token of a packed row. A layer that sees the tokens flattened,
     (batch * tokens, in), takes these, too. The factors may be held in a higher precision than the
     activations; they are cast explicitly, so no autocast is needed, and under autocast they follow
-    it.
+    it. The diagonal is rounded to the activations' dtype; with `float32_diagonal` the product
+    with it is rounded instead.
 
     A plain `nn.Linear` is taken over: `weight` (out, in) and `bias` are this layer's own, so the
     names in the base model's state dict stay as they were. Any other module, such as a quantised
@@ -36,7 +49,13 @@ class AdapterLinear(nn.Linear):
     p: Tensor
 
     def __init__(
-        self, base: nn.Module, p: Tensor, dtype: torch.dtype, *, gated: bool = False
+        self,
+        base: nn.Module,
+        p: Tensor,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        float32_diagonal: bool = False,
     ) -> None:
         """p: (R,), float32. dtype: of the factors. Raises UserError for a base without sizes."""
         nn.Module.__init__(self)
@@ -56,19 +75,20 @@ class AdapterLinear(nn.Linear):
         # Not in the state dict: it belongs to the method, not to what was learnt. And no buffer at
         # all, because compiled layers take a buffer's shape, here the number of tokens, for fixed.
         self.p = p
+        self.float32_diagonal = float32_diagonal
 
     def forward(self, x: Tensor) -> Tensor:
         if self.base is not None or torch.is_autocast_enabled(x.device.type) or x.dim() == 1:
             y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
-            return y + F.linear(self._scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
-        h = self._scaled(x)
+            return y + F.linear(self.scaled(x), self._cast(self.lora_B, x)).to(y.dtype)
+        h = self.scaled(x)
         # The large product is added to the small one, in place: it is bound by arithmetic, so that
         # reading y costs nothing there. The other way round, y is read and written once more.
         y = F.linear(h.flatten(0, -2), self.lora_B.to(x.dtype), self.bias)
         y.addmm_(x.flatten(0, -2), self.weight.t())
         return y.unflatten(0, x.shape[:-1])
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """`(x A^T) * g p`, (..., R)."""
         p = self.p if self.lora_gate is None else self.p * self.lora_gate
         h = F.linear(x, self._cast(self.lora_A, x))
@@ -77,7 +97,7 @@ class AdapterLinear(nn.Linear):
             p = p.expand(-1, len(x) // len(p), -1).flatten(0, 1)
         if p.dim() == 3 and x.dim() < 3:
             p = p.flatten(0, 1)
-        return h * p.to(h)
+        return (h * p).to(h.dtype) if self.float32_diagonal else h * p.to(h)
 
     def _cast(self, factor: Tensor, x: Tensor) -> Tensor:
         # Quantised bases take activations of any dtype, and autocast casts for itself.
@@ -102,5 +122,5 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a module that maps (..., in) to (..., out). Raises UserError if it has none."""
     sizes = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     if not all(isinstance(size, int) for size in sizes):
-        raise UserError(f"a {type(module).__name__} does not tell its in_features, out_features")
+        raise UserError(f"a {type(module).__name__} has no in_features and out_features")
     return sizes  # type: ignore[return-value]

@@ -25,6 +25,11 @@ class AdapterSpec:
     """S, the sub-ranks that training visited; empty where S has no meaning."""
     gated: bool = False
     """Whether each layer has a learned factor `lora_gate` (R,) of the diagonal."""
+    ordered: bool = True
+    """Whether components stand in the order of rank, so that the first r of them mean something."""
+    float32_diagonal: bool = False
+    """Whether the diagonal is multiplied in float32; else it is rounded to the dtype of the
+    activations before."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a diagonal that is not R finite numbers, and an unknown scaling."""

@@ -11,11 +11,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from matryoshka_lora.core.adapter import _state, adapter_parameters, adapter_spec, set_diagonal
+from matryoshka_lora.core.adapter import (
+    Factors,
+    _state,
+    adapter_importance,
+    adapter_parameters,
+    adapter_spec,
+    set_diagonal,
+    set_importance,
+    view_of,
+)
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import parse_json, write_atomically
+from matryoshka_lora.core.layer import by_layer
+from matryoshka_lora.core.rules import AdapterView
 from matryoshka_lora.core.spec import AdapterSpec
 
+IMPORTANCE = "importance"
+"""Stands where parameters have their role, in the names of tensors that are none."""
 HEADER = "matryoshka_lora"
 """The one entry of the file's metadata; safetensors writes several in no fixed order."""
 
@@ -28,10 +41,24 @@ class AdapterFile:
     state: dict[str, Tensor]
     facts: dict[str, Any]
     """What the writer added, such as the identity of the base model."""
+    importance: dict[str, Tensor]
+    """Layer -> (R,), float32, what the method says of its components; empty if it says nothing."""
+
+    @property
+    def layers(self) -> dict[str, Factors]:
+        """Layer -> its factors as training left them, by role."""
+        return by_layer(self.state)
+
+    @property
+    def view(self) -> AdapterView:
+        """What rules see of the adapter."""
+        return view_of(self.spec, lambda: self.layers, self.importance)
 
 
 def save_adapter(path: Path, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the factors in float32 and the spec, atomically; the same adapter, the same bytes.
+    """Write factors and importance in float32 and the spec, atomically.
+
+    The same adapter, the same bytes.
 
     facts: anything else that is to stand in the header, as JSON.
     """
@@ -39,7 +66,7 @@ def save_adapter(path: Path, model: nn.Module, facts: Mapping[str, Any] | None =
     state = {
         name: parameter.detach().float().cpu().contiguous()
         for name, parameter in adapter_parameters(model).items()
-    }
+    } | {f"{layer}.{IMPORTANCE}": values for layer, values in adapter_importance(model).items()}
     header = {"spec": dataclasses.asdict(adapter_spec(model)), "facts": dict(facts or {})}
     write_atomically(path, save(state, {HEADER: json.dumps(header, sort_keys=True)}))
 
@@ -65,7 +92,14 @@ def read_adapter(path: Path, asked: AdapterSpec | None = None) -> AdapterFile:
             f"{path} is no adapter of this project: its header does not say what it is ({error!r})"
         ) from None
     _check_state(path, state, spec)
-    return AdapterFile(spec, state, facts)
+    parameters, importance = {}, {}
+    for name, tensor in state.items():
+        layer, _, role = name.rpartition(".")
+        if role == IMPORTANCE:
+            importance[layer] = tensor
+        else:
+            parameters[name] = tensor
+    return AdapterFile(spec, parameters, facts, importance)
 
 
 def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -76,7 +110,7 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     """
     asked = adapter_spec(model)
     file = read_adapter(path, asked)
-    for name in ("rank", "scaling", "gated", "method", "train_ranks"):
+    for name in ("rank", "scaling", "gated", "float32_diagonal", "method", "train_ranks"):
         wanted, found = getattr(asked, name), getattr(file.spec, name)
         if wanted != found and None not in (wanted, found) and () not in (wanted, found):
             raise UserError(
@@ -88,6 +122,7 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
         for name, parameter in adapter_parameters(model).items():
             parameter.copy_(file.state[name])
     _state(model).spec = file.spec
+    set_importance(model, file.importance)
     set_diagonal(model, torch.tensor(file.spec.p_full, dtype=torch.float32))
     return file.facts
 
@@ -122,7 +157,7 @@ def _parse_header(
         tuples = {name: tuple(spec[name]) for name in ("p_full", "train_ranks")}
         return AdapterSpec(**(spec | tuples)), dict(header["facts"])
     if asked is None:
-        raise ValueError("it is of an earlier version, which can be read with its run only")
+        raise UserError("it is of an earlier version, which can be read with its run only")
     old = AdapterSpec(
         rank=int(metadata["rank"]),
         scaling=metadata["scaling"],
@@ -137,6 +172,8 @@ def _parse_header(
 
 def _check_state(path: Path, state: Mapping[str, Tensor], spec: AdapterSpec) -> None:
     roles = {"lora_A": 0, "lora_B": 1} | ({"lora_gate": 0} if spec.gated else {})
+    if any(name.rpartition(".")[2] == IMPORTANCE for name in state):
+        roles[IMPORTANCE] = 0
     layers = {name.rpartition(".")[0] for name in state}
     expected = {f"{layer}.{role}" for layer in layers for role in roles}
     if not layers or state.keys() != expected:

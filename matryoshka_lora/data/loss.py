@@ -15,6 +15,8 @@ from matryoshka_lora.ops.attention import packed_inputs
 from matryoshka_lora.ops.device import to_device
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
+Diagonals = Tensor | Mapping[str, Tensor]
+"""For all layers, or by layer."""
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,30 +29,32 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def batch_loss(
     model: PreTrainedModel,
     examples: Sequence[Example],
-    diagonals: Tensor,
+    diagonals: Diagonals,
     *,
     packed: bool = True,
 ) -> Tensor:
     """Negative log-likelihood in nats, summed over the label tokens of `examples`, as a scalar.
 
-    diagonals: (R,) for all examples, or (len(examples), R), one for each. The loss reads the logits
-    of label positions only, and its softmax is in float32 or higher. packed: one row without
-    padding, for which the caller must have `packed_attention` in place; False: one padded row for
-    each example.
+    diagonals: (R,) for all examples, or (len(examples), R), one for each; or layer -> such. The
+    loss reads the logits of label positions only, and its softmax is in float32 or higher. packed:
+    one row without padding, for which the caller must have `packed_attention` in place; False: one
+    padded row for each example.
     """
-    diagonals = diagonals.to(model.device)
+    diagonals = _each(diagonals, lambda p: p.to(model.device))
+    one = diagonals if isinstance(diagonals, Tensor) else next(iter(diagonals.values()))
+    single = one.dim() == 1
     if packed:
-        single = diagonals.dim() == 1
         choice = np.zeros(1, dtype=np.int64) if single else np.arange(len(examples))
         batch = on_device(packed_batch(examples, choice), model.device)
         longest = max(len(example.tokens) for example in examples)
-        return packed_loss(model, batch, diagonals[None] if single else diagonals, longest)
+        table = _each(diagonals, lambda p: p[None]) if single else diagonals
+        return packed_loss(model, batch, table, longest)
     batch_of = pack(examples)
     lengths = torch.tensor(batch_of.lengths)
     mask = torch.arange(max(batch_of.lengths))[None] < lengths[:, None]
     padded = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, batch_of.tokens[0])
     rows = mask.nonzero()[batch_of.label_rows].to(model.device)
-    set_diagonal(model, diagonals[:, None] if diagonals.dim() == 2 else diagonals)
+    set_diagonal(model, diagonals if single else _each(diagonals, lambda p: p[:, None]))
     logits = model(
         input_ids=padded.to(model.device),
         attention_mask=mask.long().to(model.device),
@@ -93,6 +97,13 @@ def packed_batch(
     }
 
 
+def _each(diagonals: Diagonals, function: Callable[[Tensor], Tensor]) -> Diagonals:
+    """The function of the diagonals, or of those of each layer."""
+    if isinstance(diagonals, Tensor):
+        return function(diagonals)
+    return {layer: function(own) for layer, own in diagonals.items()}
+
+
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same tensors on `device`."""
     return {name: to_device(tensor, device) for name, tensor in batch.items()}
@@ -101,18 +112,19 @@ def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 def packed_loss(
     model: PreTrainedModel,
     batch: Mapping[str, Tensor],
-    diagonals: Tensor,
+    diagonals: Diagonals,
     max_length: int,
     label_loss: LabelLoss = label_loss,
 ) -> Tensor:
     """`batch_loss` of a `packed_batch`; never waits for the device, so that a graph can capture it.
 
-    diagonals: (K, R), those that `choice` indexes. max_length: an upper bound of the documents'
-    lengths. Compiled layers treat it as a constant, so pass the same one for every batch.
+    diagonals: (K, R), those that `choice` indexes, or layer -> its own. max_length: an upper bound
+    of the documents' lengths. Compiled layers treat it as a constant, so pass the same one for
+    every batch.
     """
     bounds = batch["bounds"]
     # Becomes (1, 1, R), or (1, T, R) where each token has a diagonal.
-    set_diagonal(model, diagonals.index_select(0, batch["choice"])[None])
+    set_diagonal(model, _each(diagonals, lambda p: p.index_select(0, batch["choice"])[None]))
     logits = model(
         input_ids=batch["tokens"],
         position_ids=batch["positions"],

@@ -56,6 +56,6 @@ def pack(
         lengths=tuple(lengths),
         # Each added label reads another position: the gradients of labels at one position would be
         # added up one after the other.
-        label_rows=torch.tensor(rows + [i % len(tokens) for i in range(missing)]),
-        labels=torch.tensor(labels + [IGNORED] * missing),
+        label_rows=torch.tensor(rows + [i % len(tokens) for i in range(missing)], dtype=torch.long),
+        labels=torch.tensor(labels + [IGNORED] * missing, dtype=torch.long),
     )

@@ -115,7 +115,12 @@ def _build(name: str, index: Mapping[str, Any], overrides: dict[str, Any]) -> De
     if entry.kind.name == "TAG":
         members = [_build(n, index, {**overrides, "task": n}) for n in sorted(entry.tags)]
         return Definition({}, tuple(members))
-    config = load_yaml(entry.yaml_path, resolve_func=True)
+    try:
+        config = load_yaml(entry.yaml_path, resolve_func=True)
+    except ImportError as error:  # of the functions that its YAML names
+        raise UserError(
+            f"task {name} needs a package that is not installed: {str(error).splitlines()[0]}"
+        ) from None
     if entry.kind.name == "GROUP":
         return _build_group(name, config, index, overrides)
     return Definition({**config, **overrides})

@@ -82,6 +82,10 @@ def make_task(config: dict[str, Any], shots: int, data_path: Path | None) -> Har
     try:
         with without_progress_bars():
             task = HarnessTask(config, splits, folder)
+    except ImportError as error:
+        raise UserError(
+            f"task {name} needs a package that is not installed: {str(error).splitlines()[0]}"
+        ) from None
     except Exception as error:  # of the hub, of datasets, or of a template of the task
         raise UserError(_load_failure(name, config, folder, error)) from error
     _check_shots(task, shots)

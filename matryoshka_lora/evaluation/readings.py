@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.rules import BASE, read, same_as
-from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.rules import (
+    BASE,
+    AdapterView,
+    RankRule,
+    depends_on_trained_ranks,
+    evaluated_as,
+    read,
+    rules_at,
+)
 from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.rows import ReadingFields
-
-RankRule = tuple[int, str]
-"""(rank, rule) as asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,14 @@ class Plan:
     points: tuple[Point, ...]
     """Base model first, then as asked for; each function once."""
     readings: Mapping[RankRule, Point]
+    """As asked for -> the point that answers."""
     train_ranks: tuple[int, ...]
     """S, the sub-ranks that training visited."""
-    spec: AdapterSpec
 
     def trained_rank(self, reading: RankRule) -> bool | None:
         """Whether the rank is in S; None where S has no meaning (base model, svd)."""
         rank, rule = reading
-        if rank == 0 or read(self.spec, rank, rule).factors != "trained":
-            return None
-        return rank in self.train_ranks
+        return rank in self.train_ranks if depends_on_trained_ranks(rank, rule) else None
 
     def same_as(self, reading: RankRule) -> str | None:
         """ "rule@rank" of the point that is evaluated in place of `reading`, if another one is."""
@@ -55,30 +57,34 @@ class Plan:
 
 
 def plan_points(
-    spec: AdapterSpec, ranks: Sequence[int], rules: Sequence[str], train_ranks: Sequence[int]
+    adapter: AdapterView,
+    ranks: Sequence[int],
+    rules: Sequence[str] | None,
+    train_ranks: Sequence[int],
 ) -> Plan:
     """The base model and every rank under every rule; equal functions share a point.
 
-    train_ranks: S, which only decides what `Row.trained_rank` says. Raises UserError for ranks or
-    rules that the adapter does not have or that are repeated.
+    rules: None: all that the adapter allows at a rank. train_ranks: S, which only decides what
+    `Row.trained_rank` says. Raises UserError for ranks or rules that the adapter does not have or
+    that are repeated.
     """
-    if not ranks or not rules:
+    if not ranks or (rules is not None and not rules):
         raise UserError(f"a sweep needs ranks and rules; got ranks {ranks!r}, rules {rules!r}")
-    for what, given in (("ranks", ranks), ("rules", rules)):
+    for what, given in (("ranks", ranks), ("rules", rules or ())):
         if len(set(given)) < len(given):
             raise UserError(f"the {what} of the sweep are repeated: {list(given)}")
-    base = _point(spec, 0, BASE)
+    base = _point(adapter, 0, BASE)
     points: dict[RankRule, Point] = {(0, BASE): base}
     readings = {(0, BASE): base}
     for rank in ranks:
         if rank == 0:
             raise UserError("rank 0 is the base model, which every sweep evaluates; leave it out")
-        for rule in rules:
-            key = (rank, same_as(spec, rank, rule) or rule)  # checks both
-            readings[(rank, rule)] = points.setdefault(key, _point(spec, *key))
-    return Plan(tuple(points.values()), readings, tuple(train_ranks), spec)
+        for rule in rules_at(adapter.spec, rank, rules):
+            key = evaluated_as(adapter, rank, rule)
+            readings[(rank, rule)] = points.setdefault(key, _point(adapter, *key))
+    return Plan(tuple(points.values()), readings, tuple(train_ranks))
 
 
-def _point(spec: AdapterSpec, rank: int, rule: str) -> Point:
-    reading = read(spec, rank, rule)
+def _point(adapter: AdapterView, rank: int, rule: str) -> Point:
+    reading = read(adapter, rank, rule)
     return Point(rank, rule, reading.factors, reading.p)

@@ -108,7 +108,8 @@ class _DocumentTokenizer:
         if room < 1 or options["max_gen_toks"] < 1:
             raise UserError(
                 f"{self._where}: it asks for {options['max_gen_toks']} new tokens; allowed are 1 "
-                f"to {lm.max_length - 1}, what the model's window has beside a token of context"
+                f"to {lm.max_length - 1}, what the model's window has beside a token of context; "
+                "leave the task out of eval.tasks, or use a model with a longer window"
             )
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         return Request(

@@ -1,6 +1,8 @@
 """What a training method is, and the registry that everything else asks about methods."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +15,39 @@ from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.methods.hooks import Hooks
 
-# Tells the random stream of the ranks from that of the batch order.
+# Keeps the random stream of the ranks apart from that of the batch order.
 RANK_STREAM = 1
 DRAWS = ("step", "micro_batch", "sample")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a method's settings, with its meaning, which `python train.py --help` shows."""
+def setting(
+    default: Any,
+    help: str,
+    *,
+    later: bool = False,
+    idle: Callable[["AdapterShape", Any], str | None] = lambda shape, settings: None,
+) -> Any:
+    """A field of a method's settings, with its meaning, which `python train.py --help` shows.
+
+    later: it came when there were runs of the method; see `config.setting`. idle: why it cannot
+    change anything beside the method's other settings; None where it can.
+    """
+    metadata = {"help": help, "later": later, "idle": idle}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def nothing_to_draw(shape: "AdapterShape", settings: Any) -> str | None:
+    """`idle` of a setting that says how trained sub-ranks are drawn."""
+    if len(shape.train_ranks) > 1:
+        return None
+    return f"there is one trained sub-rank, {shape.train_ranks[0]}"
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a method that has none."""
+    """For a method without settings."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +72,21 @@ class Method:
     diagonals: Tensor
     """(K, R) float32: the choices."""
     ranks: tuple[int, ...]
-    """The rank that each choice reads, length K: what the log shows."""
+    """The rank of each choice, length K; only shown in the log."""
     p_full: Tensor
     """(R,) float32: the method's diagonal at full rank."""
     weights: tuple[float, ...] | None = None
     """The odds of each choice, length K; None: all alike."""
     draw: str = "step"
-    """What shares one choice: an optimizer step, a micro-batch or a single sample."""
+    """How long one choice holds: for a whole step, a micro-batch or one sample."""
+    independent: bool = False
+    """Whether the draws of a step know nothing of each other; else they are stratified."""
     trains_prefixes: bool = False
     """Whether the choices are prefix diagonals, so that training and `prefix` inference agree."""
     gated: bool = False
-    """Whether each layer learns a factor (R,) of its diagonal."""
+    """Whether each layer learns a vector (R,) that multiplies its diagonal."""
+    ordered: bool = True
+    """Whether training leaves the components in the order of rank, so that prefixes are read."""
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
@@ -85,12 +109,17 @@ class Method:
                 f"{nearest(self.draw, DRAWS)}"
             )
 
+    def fingerprint(self) -> str:
+        """Changes with any diagonal, its odds, and how long a choice holds; not with the hooks."""
+        parts = (self.diagonals.tolist(), self.p_full.tolist(), self.ranks, self.weights, self.draw)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def choose(self, seed: int, step: int, samples: int, micro_batch: int | None) -> np.ndarray:
         """The choice of each sample of an effective batch: indices into diagonals, (samples,).
 
         A pure function of its arguments, so it does not depend on how processes and forwards split
         the batch. Systematic sampling on the weights, then shuffled: the counts of the draws of a
-        step differ from their expectation by less than one.
+        step differ from their expectation by less than one. Not so where they are `independent`.
         """
         if len(self.ranks) == 1:
             return np.zeros(samples, dtype=np.int64)
@@ -98,7 +127,10 @@ class Method:
         assert share is not None, "checked by config.validate"
         draws = -(-samples // share)
         generator = np.random.default_rng([seed, step, RANK_STREAM])
-        points = (np.arange(draws) + generator.random()) / draws
+        if self.independent:
+            points = generator.random(draws)
+        else:
+            points = (np.arange(draws) + generator.random()) / draws
         weights = np.ones(len(self.ranks)) if self.weights is None else self.weights
         odds = np.cumsum(weights) / np.sum(weights)
         chosen = generator.permutation(np.searchsorted(odds, points, side="right"))
@@ -125,10 +157,10 @@ class MethodInfo:
     order: int
     """Its place among the rows of a table."""
     baseline: bool
-    """Whether it trains its own R alone: at a smaller R it is a dedicated run, which others are
-    measured against, and its SVD is what tables take differences from."""
+    """Whether it is a baseline that trains rank R alone. Its runs at a smaller R are the dedicated
+    runs, and tables give differences from its SVD."""
     trains_sub_ranks: bool
-    """Whether S, the trained sub-ranks, means anything to it."""
+    """Whether it uses S, the trained sub-ranks."""
 
     def spec(self, shape: AdapterShape, method: Method) -> AdapterSpec:
         """What reading an adapter of this method needs to know."""
@@ -140,6 +172,7 @@ class MethodInfo:
             method=self.name,
             train_ranks=shape.train_ranks if self.trains_sub_ranks else (),
             gated=method.gated,
+            ordered=method.ordered,
         )
 
 

@@ -1,5 +1,6 @@
 """DyLoRA (arXiv 2210.07558): a rank for every step."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,16 +10,28 @@ from torch import Tensor, nn
 
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.layer import RANK_AXIS
-from matryoshka_lora.methods.base import AdapterShape, Method, register, setting
+from matryoshka_lora.methods.base import AdapterShape, Method, nothing_to_draw, register, setting
 from matryoshka_lora.methods.hooks import Hooks
 from matryoshka_lora.methods.prefixes import prefix_choices
 
 
 @dataclass(frozen=True)
 class Settings:
-    draw: str = setting("step", "one rank per step, micro_batch or sample")
+    draw: str = setting("step", "one rank per step, micro_batch or sample", idle=nothing_to_draw)
+    independent: bool = setting(
+        False,
+        "draw the ranks of a step one by one (paper); false: stratified, each as often as its odds",
+        later=True,
+        idle=lambda shape, settings: (
+            "method.draw=step draws one rank a step"
+            if settings.draw == "step"
+            else nothing_to_draw(shape, settings)
+        ),
+    )
     frozen: bool = setting(False, "update only the rows above the next smaller sub-rank")
-    weights: list[float] | None = setting(None, "odds of each trained sub-rank; null: all alike")
+    weights: list[float] | None = setting(
+        None, "odds of each trained sub-rank; null: all alike", idle=nothing_to_draw
+    )
 
 
 @register(label="DyLoRA", colour="#E69F00", marker="s", order=1, settings=Settings)
@@ -30,7 +43,8 @@ def dylora(shape: AdapterShape, settings: Settings) -> Method:
     if settings.frozen and settings.draw != "step":
         raise UserError("method.frozen=true needs one rank a step: set method.draw=step")
     hooks = FrozenRows(shape.train_ranks) if settings.frozen else Hooks()
-    return prefix_choices(shape, settings.weights, settings.draw, hooks)
+    method = prefix_choices(shape, settings.weights, settings.draw, hooks)
+    return dataclasses.replace(method, independent=settings.independent)
 
 
 class FrozenRows(Hooks):

@@ -79,7 +79,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
             raise UserError(
                 f"{type(model).__name__} cannot run on packed rows: "
                 + (f"its layers are {sorted(other)}" if other else "it has no flash attention path")
-                + "; use padded batches and eval.engine=hf"
+                + "; set trainer.packed=false eval.engine=hf"
             )
     before = [config._attn_implementation for config in configs]
     try:
@@ -87,7 +87,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         if any(config._attn_implementation != PACKED for config in configs):
             raise UserError(
                 f"{type(model).__name__} does not let its attention be replaced, so it cannot run "
-                "on packed rows; use padded batches and eval.engine=hf"
+                "on packed rows; set trainer.packed=false eval.engine=hf"
             )
         yield
     finally:
@@ -132,7 +132,7 @@ def packed(
         if kwargs.get(name) is not None:
             raise UserError(
                 f"{type(module).__name__} asks for {name}, which packed attention does not do; "
-                "use padded batches and eval.engine=hf"
+                "set trainer.packed=false eval.engine=hf"
             )
     if dropout:
         raise UserError("packed attention has no dropout; set the model's attention_dropout to 0")
@@ -161,7 +161,8 @@ def packed(
         return flash(q, k, v, bounds, longest, scaling, sliding_window)[None], None
     ends = (cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist())
     out = document_by_document(query, key, value, ends, scaling, sliding_window)
-    return out.transpose(1, 2), None
+    # Some models `view` what attention gives, as they may of flash attention's.
+    return out.transpose(1, 2).contiguous(), None
 
 
 def flash(

@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.curves import RankTable, rank_table, rank_tables, run_tables
+from matryoshka_lora.reporting.dedicated import format_comparisons
 from matryoshka_lora.reporting.plots import plot_tables
+from matryoshka_lora.reporting.rates import write_rates
 from matryoshka_lora.reporting.tables import (
-    format_comparison,
+    format_multirun,
     format_run_table,
     table_frame,
     write_tables,
@@ -16,13 +19,15 @@ from matryoshka_lora.runs.record import Record
 
 __all__ = [
     "RankTable",
-    "format_comparison",
+    "format_comparisons",
+    "format_multirun",
     "format_run_table",
     "plot_tables",
     "rank_table",
     "rank_tables",
     "run_tables",
     "table_frame",
+    "write_rates",
     "write_report",
     "write_tables",
 ]
@@ -36,10 +41,22 @@ def write_report(
 ) -> list[Path]:
     """Write `tables/<name>.{csv,md,tex}` and `figures/<name>.{png,pdf}` below `results_dir`.
 
-    Returns the five paths. The files depend on the arguments alone, not on the order of the
-    records or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
+    Records of a search also give `<name>-rates`, a table and a figure of the loss over the learning
+    rate; those of at least FEWEST dedicated LoRAs `tables/<name>-dedicated.md`. Returns the paths,
+    the main table first. The files depend on the arguments alone, not on the order of the records
+    or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
     """
     results_dir = Path(results_dir)
+    table, figure = results_dir / "tables" / table_name, results_dir / "figures" / table_name
     tables = rank_tables(records, planned)
-    paths = write_tables(tables, results_dir / "tables" / table_name, title=table_name)
-    return paths + plot_tables(tables, results_dir / "figures" / table_name)
+    paths = write_tables(tables, table, title=table_name)
+    paths += plot_tables(tables, figure)
+    of_rates = f"{table_name}-rates"
+    paths += write_rates(
+        records, table.with_name(of_rates), figure.with_name(of_rates), title=table_name
+    )
+    if text := format_comparisons(records, title=f"{table_name}: against dedicated LoRAs"):
+        path = table.with_name(f"{table_name}-dedicated.md")
+        write_atomically(path, text.encode())
+        paths.append(path)
+    return paths

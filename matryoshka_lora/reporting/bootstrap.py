@@ -1,5 +1,7 @@
 """Bootstrap intervals over documents."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +38,32 @@ def bootstrap_intervals(
     ]
     tail = (1 - confidence) / 2
     return np.quantile(np.concatenate(means) / cells.shape[1], [tail, 1 - tail], axis=0).T
+
+
+def resampled_means(
+    lines: Sequence[npt.NDArray[np.float64]], *, samples: int, seed: int = 0
+) -> npt.NDArray[np.float64]:
+    """Means of each line, (seeds, documents), resampled over seeds and documents: (lines, samples).
+
+    A resample draws the same documents for all lines, and seeds for each line of its own.
+    """
+    rng = np.random.default_rng(seed)
+    documents = lines[0].shape[1]
+    stacked = np.concatenate(lines)
+    chunk = max(1, _COUNTS // documents)
+    of_seeds = np.concatenate(
+        [
+            stacked @ _counts(rng, min(chunk, samples - start), documents).T / documents
+            for start in range(0, samples, chunk)
+        ],
+        axis=1,
+    )
+    means, first = [], 0
+    for line in lines:
+        drawn = rng.integers(first, first + len(line), (len(line), samples))
+        means.append(np.take_along_axis(of_seeds, drawn, axis=0).mean(axis=0))
+        first += len(line)
+    return np.stack(means)
 
 
 def _counts(rng: np.random.Generator, samples: int, documents: int) -> npt.NDArray[np.float64]:

@@ -42,7 +42,7 @@ class Cell:
 class Curve:
     """A row of a table: scores over ranks, or the one point of the base or of a dedicated LoRA.
 
-    kind: "base" (rank 0), "curve", or "dedicated": a LoRA of smaller R, shown at its own R alone.
+    kind: "base" (rank 0), "curve", or "dedicated": a LoRA shown at its own R alone.
     method: display label; `method_name` is the config's name.
     rule: None where nothing of the row was measured.
     seeds, planned: runs with at least one point in this row, and runs that there should be.
@@ -158,10 +158,14 @@ def run_tables(record: Record) -> list[RankTable]:
 def _table(frame: pd.DataFrame, metric: Metric) -> RankTable:
     """The table of one metric; `frame` has all lines of the runs that belong in it."""
     runs = runs_of(frame)
-    smaller = runs["R"] < max(runs["R"])
-    dedicated = set(runs["group"][smaller & runs["method"].map(is_baseline).astype(bool)])
-    labels = _labels(runs.drop_duplicates("group"), dedicated)
     lines = lines_of(frame, metric)
+    smaller = runs["R"] < max(runs["R"])
+    baseline = runs["method"].map(is_baseline).astype(bool)
+    # A LoRA of the table's R that was read there alone stands beside those of smaller R.
+    read = lines[lines["rank"] > 0].groupby("group")["rank"].agg(set)
+    alone = set(read.index[read == {max(runs["R"])}]) if (read.map(len) > 1).any() else set()
+    dedicated = set(runs["group"][baseline & (smaller | runs["group"].isin(alone))])
+    labels = _labels(runs.drop_duplicates("group"), dedicated)
     axis = sorted({rank for rank in lines["rank"][~lines["group"].isin(dedicated)] if rank > 0})
     points = lines.dropna(subset="value").assign(shown=lambda line: line["value"] * metric.scale)
     rows: list[Curve] = []
@@ -185,6 +189,11 @@ def _table(frame: pd.DataFrame, metric: Metric) -> RankTable:
         documents=tuple(sorted(set(points["n"]))),
         missing=tuple(missing),
     )
+
+
+def group_labels(runs: pd.DataFrame) -> dict[Any, str]:
+    """A label for each group of `runs`, the lines of `runs_of`: method and differing settings."""
+    return _labels(runs.drop_duplicates("group"), set())
 
 
 def _labels(groups: pd.DataFrame, dedicated: set[Any]) -> dict[Any, str]:

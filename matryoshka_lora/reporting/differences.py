@@ -53,7 +53,7 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
     if len(bases) != 1 or len(table.documents) != 1:
         return []
     (base,) = bases
-    theirs = _columns(base, table)
+    theirs = columns_of(base, table)
     compared: list[tuple[Curve, list[Column]]] = []
     means: list[Scores] = []
     apart: list[bool] = []
@@ -61,7 +61,7 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
         same = (row.model, row.dataset) == (base.model, base.dataset)
         if not same or row is base or row.kind == "base" or row.same_as is not None:
             continue
-        ours = {x: scores for x, scores in _columns(row, table).items() if x in theirs}
+        ours = {x: scores for x, scores in columns_of(row, table).items() if x in theirs}
         if ours:
             compared.append((row, list(ours)))
         for column, scores in ours.items():
@@ -76,7 +76,7 @@ def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]
     return [(row, {column: next(found) for column in columns}) for row, columns in compared]
 
 
-def _columns(curve: Curve, table: RankTable) -> dict[Column, Scores]:
+def columns_of(curve: Curve, table: RankTable) -> dict[Column, Scores]:
     """By rank and axis, the shown scores (seeds, documents), where all seeds have them."""
     found: dict[Column, Scores] = {}
     for rank, points in grouped(curve.points, "rank") if curve.seeds else ():

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ def plot_tables(
     standard deviation over seeds, the base model dashed, dedicated LoRAs as open diamonds; AURAC
     (log2) in the legend below. No date or version goes into the files.
     """
-    stem = Path(stem)
+    return save_figure(lambda: _figure(tables), Path(stem), suffixes)
+
+
+def save_figure(
+    draw: Callable[[], Figure], stem: Path, suffixes: Sequence[str] = (".png", ".pdf")
+) -> list[Path]:
+    """Write what `draw` makes in the project's style; the same figure gives the same bytes."""
     paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
     # The user's own matplotlibrc must not change a committed figure.
     with matplotlib.style.context(["default", _SETTINGS]):
-        figure = _figure(tables)
+        figure = draw()
         for path in paths:
             buffer = io.BytesIO()
             kind = path.suffix.removeprefix(".")

@@ -53,7 +53,7 @@ def format_run_table(record: Record) -> str:
     return "\n\n".join(blocks) or f"{record.name}: nothing evaluated yet ({record.status})"
 
 
-def format_comparison(records: Sequence[Record]) -> str:
+def format_multirun(records: Sequence[Record]) -> str:
     """Scores of several runs as plain text: a block a metric, a line for each method and rule.
 
     As in `write_tables` seeds are pooled, and the best value of a column is marked by `>`. Raises

@@ -20,7 +20,7 @@ from matryoshka_lora.data.loss import (
     packed_batch,
     packed_loss,
 )
-from matryoshka_lora.models import decoder_layers
+from matryoshka_lora.models import decoder_layers, without_dropout
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.graphs import Graphs
 from matryoshka_lora.training.plan import split_into_forwards
@@ -150,13 +150,19 @@ def graphs_of(
 
 
 @contextmanager
-def training_mode(model: PreTrainedModel, settings: TrainerConfig) -> Iterator[None]:
-    """The model as the settings train it (checkpointed, compiled, packed); as before on leaving."""
+def training_mode(model: PreTrainedModel, settings: TrainerConfig) -> Iterator[dict[str, float]]:
+    """The model as the settings train it (checkpointed, compiled, packed); as before on leaving.
+
+    Yields what `without_dropout` switched off.
+    """
     with ExitStack() as stack:
+        switched_off = stack.enter_context(without_dropout(model))
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             stack.callback(model.gradient_checkpointing_disable)
         if settings.compile:
+            # A worker trains adapters of many kinds, each of which may need versions of its own.
+            torch._dynamo.config.recompile_limit = 64
             # The first layer stays eager: its input needs no gradient, so that it would be compiled
             # for itself alone.
             for layer in list(decoder_layers(model))[1:]:
@@ -171,7 +177,7 @@ def training_mode(model: PreTrainedModel, settings: TrainerConfig) -> Iterator[N
             stack.enter_context(packed_attention(model))
         model.train()
         stack.callback(model.eval)
-        yield
+        yield switched_off
 
 
 def _undo_compile(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.methods import Method
 from matryoshka_lora.training.checkpoints import Checkpoints, TrainingState
@@ -53,9 +54,7 @@ def fit(
     """
     settings = config.trainer
     check_effective_batch(settings.effective_batch, accelerator.num_processes, settings.micro_batch)
-    steps = total_steps(
-        len(examples), settings.effective_batch, settings.epochs, settings.max_steps
-    )
+    steps = total_steps(len(examples), settings)
     parameters = adapter_parameters(model)
     device = next(iter(parameters.values())).device
     optimizer = torch.optim.AdamW(
@@ -81,13 +80,18 @@ def fit(
     backward = backward_of(model, method.diagonals, config, graphs)
     reset_peak(device)
     began = time.monotonic()
-    with training_mode(model, settings), log:
+    with training_mode(model, settings) as switched_off, log:
         for step in range(first, steps):
             ids = batch_ids(config.seed, step, len(examples), settings.effective_batch)
             batch = [examples[i] for i in ids]
             choice = method.choose(config.seed, step, len(ids), settings.micro_batch)
             one_for_all = bool((choice == choice[0]).all())
             label_tokens = sum(example.labels for example in batch)
+            if not label_tokens:
+                raise UserError(
+                    f"no sample of step {step + 1} has a label; raise trainer.effective_batch="
+                    f"{settings.effective_batch} or set dataset.keep_masked=false"
+                )
 
             loss = torch.zeros((), dtype=torch.float32, device=device)
             for positions, weight in forwards_of_process(batch, settings, accelerator):
@@ -133,7 +137,11 @@ def fit(
                 checkpoints.save(state, done, spent + time.monotonic() - began)
         log.flush()
     optimizer.zero_grad(set_to_none=True)
-    return log.summary(peak_gib(device, graphs is not None)) | {"cuda_graphs": graphs is not None}
+    summary = log.summary(peak_gib(device, graphs is not None))
+    summary["cuda_graphs"] = graphs is not None
+    if switched_off:
+        summary["dropout_switched_off"] = switched_off
+    return summary
 
 
 def reset_peak(device: torch.device) -> None:

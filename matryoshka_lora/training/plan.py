@@ -3,10 +3,12 @@
 Pure functions of seed and step, so that resuming needs only the number of the step.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from matryoshka_lora.config import TrainerConfig
 from matryoshka_lora.core.errors import UserError
 
 # Keeps the random numbers of the batch order apart from those of the drawn ranks.
@@ -18,10 +20,11 @@ def steps_per_epoch(samples: int, effective_batch: int) -> int:
     return -(-samples // effective_batch)
 
 
-def total_steps(samples: int, effective_batch: int, epochs: float, max_steps: int | None) -> int:
+def total_steps(samples: int, settings: TrainerConfig) -> int:
     """Optimizer steps of a training, at least one."""
-    steps = max(1, round(epochs * steps_per_epoch(samples, effective_batch)))
-    return steps if max_steps is None else min(steps, max_steps)
+    steps = settings.epochs * steps_per_epoch(samples, settings.effective_batch)
+    whole = math.ceil(steps) if settings.round_steps == "up" else max(1, round(steps))
+    return whole if settings.max_steps is None else min(whole, settings.max_steps)
 
 
 def batch_ids(seed: int, step: int, samples: int, effective_batch: int) -> np.ndarray:

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from lm_eval.api.instance import Instance
-from torch import Tensor
 
-from matryoshka_lora.core.rules import FactorSet
+from matryoshka_lora.core.rules import Diagonal, FactorSet
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Point:
     """base, or an inference rule such as prefix."""
     factors: FactorSet
     """The factor set, trained or svd; the sweep puts it in place before it calls the engine."""
-    p: Tensor = field(compare=False, repr=False)
-    """The diagonal, shape (R,), float32, on the CPU."""
+    p: Diagonal = field(compare=False, repr=False)
+    """(R,) for all layers, or layer -> its own (R,); float32, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ class DecodeState:
     """One answer a row of the KV cache, in rows 0 .. used-1; those in `complete` are done.
 
     On the device, per row: the token that goes in next, its position, the row's last position
-    (where it stays while the host does not know yet that the answer is complete), its diagonal (1,
-    rows, R). On the host: the row's group, the lengths of its context and of its answer (as read,
-    as launched, at most), its stop strings, its point, and the tokens of its answer.
+    (where it stays while the host does not know yet that the answer is complete), its diagonal (1
+    or layers, rows, R). On the host: the row's group, the lengths of its context and of its answer
+    (as read, as launched, at most), its stop strings, its point, and the tokens of its answer.
 
     The host reads tokens after further work was launched, and meanwhile answers move to other rows
     and rows get other answers. So it knows answers by an id that stays: `row_of` has the row of

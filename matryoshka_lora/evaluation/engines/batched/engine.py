@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from matryoshka_lora.core.adapter import adapter_layers
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.engines.batched.decode_state import DecodeState
 from matryoshka_lora.evaluation.engines.batched.diagonal_table import DiagonalTable
@@ -179,8 +180,9 @@ class Run:
         points = list(dict.fromkeys(point for point, _ in jobs))
         # A product with a gate is rounded after it, not before.
         wide = torch.promote_types(self.model.dtype, torch.float32)
-        dtype = wide if factors.gated else self.model.dtype
-        self.table = DiagonalTable(factors.layers, points, self.device, dtype)
+        rounded_after = factors.gated or any(x.float32_diagonal for x in factors.layers)
+        dtype = wide if rounded_after else self.model.dtype
+        self.table = DiagonalTable(adapter_layers(self.model), points, self.device, dtype)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.scheduler = Scheduler(
             group_requests(jobs, {point: index for index, point in enumerate(points)}),

@@ -36,7 +36,7 @@ class ModelRunner:
         """(kept tokens, vocabulary): the logits. points: those of the prefill's groups."""
         rank = self.table.rank(points)
         self.factors.narrow(rank)
-        self.table.apply(self.table.choose(prefill.points), rank)
+        self.table.apply(self.table.choose(prefill.points, points), rank)
         return self._forward(prefill.ids, prefill.inputs, cache, prefill.kept)
 
     def decode(self, state: DecodeState, steps: int) -> Tensor:

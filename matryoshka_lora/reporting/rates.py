@@ -1,0 +1,145 @@
+"""The loss over the learning rate: every rate that a search has tried, a line a row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.rules import BASE
+from matryoshka_lora.reporting.curves import group_labels
+from matryoshka_lora.reporting.frame import grouped, runs_of, tidy_frame
+from matryoshka_lora.reporting.names import is_baseline, method_style, rule_place
+from matryoshka_lora.reporting.plots import save_figure
+from matryoshka_lora.runs.record import Record
+
+TASK = "validation"
+_COLUMNS = 3
+_MARKERS = "os^vDPX*<>"
+
+
+@dataclass(frozen=True)
+class RateLine:
+    """One row of a search: trainings that differ in the rate alone, read by one rule.
+
+    losses: by rate, the mean held-out loss over the ranks in nats a token (a LoRA: at its own R,
+    unless by SVD); None where training diverged.
+    """
+
+    model: str
+    label: str
+    method: str
+    rank: int
+    scaling: str
+    rule: str
+    losses: Mapping[float, float | None]
+
+    @property
+    def best(self) -> float | None:
+        """The rate of the lowest loss."""
+        known = {rate: loss for rate, loss in self.losses.items() if loss is not None}
+        return min(known, key=lambda rate: known[rate]) if known else None
+
+
+def rate_lines(records: Sequence[Record]) -> list[RateLine]:
+    """The lines of all records with a held-out loss; variants are never pooled.
+
+    Of several seeds of one training the mean is shown.
+    """
+    frame = tidy_frame(records)
+    runs = runs_of(frame)
+    labels = group_labels(runs)
+    held_out = frame[(frame["task"] == TASK) & (frame["metric"] == "loss") & frame["value"].notna()]
+    lines: list[RateLine] = []
+    same = ["model", "dataset", "method", "R", "scaling", "variant"]
+    for _, members in sorted(runs.groupby(same), key=lambda item: min(item[1]["group"])):
+        own = held_out[held_out["group"].isin(set(members["group"]))]
+        diverged = sorted(set(members["lr"][members["problem"].notna()]))
+        run: Any = next(members.itertuples())
+        read = own[own["rule"] != BASE]
+        for rule, found in sorted(grouped(read, "rule"), key=lambda item: rule_place(item[0])):
+            if is_baseline(run.method) and rule != "svd":
+                found = found[found["rank"] == run.R]
+            means = _means(found)
+            lines.append(
+                RateLine(
+                    run.model,
+                    labels[run.group],
+                    run.method,
+                    run.R,
+                    run.scaling,
+                    rule,
+                    dict(sorted({**dict.fromkeys(diverged), **means}.items())),
+                )
+            )
+    return lines
+
+
+def format_rates(lines: Sequence[RateLine], title: str) -> str:
+    """Markdown: a line a row with every rate and its loss, the lowest bold."""
+    header = ["method", "R", "scaling", "rule", "best lr", "lr: held-out loss (nats/token)"]
+    body = [header, ["---", "---:", "---", "---", "---:", "---"]]
+    for line in lines:
+        tried = []
+        for rate, loss in line.losses.items():
+            text = f"{rate:g}: " + ("diverged" if loss is None else f"{loss:.4f}")
+            tried.append(f"**{text}**" if rate == line.best else text)
+        best = "–" if line.best is None else f"{line.best:g}"
+        names = [line.label, str(line.rank), line.scaling, line.rule]
+        body.append([*names, best, ", ".join(tried)])
+    grid = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+    return (
+        f"# {title}: loss over learning rate\n\n"
+        "Mean over the ranks that a row is read at, on records held out of training.\n\n"
+        f"{grid}\n"
+    )
+
+
+def write_rates(records: Sequence[Record], stem: Path, figure: Path, title: str) -> list[Path]:
+    """Write `<stem>.md` and `<figure>.png`, `.pdf`; nothing where no record has a held-out loss."""
+    lines = rate_lines(records)
+    if not lines:
+        return []
+    path = stem.with_name(stem.name + ".md")
+    write_atomically(path, format_rates(lines, title).encode())
+    return [path, *save_figure(lambda: _figure(lines), figure)]
+
+
+def _means(found: pd.DataFrame) -> dict[float, float | None]:
+    return {lr: float(points["value"].mean()) for lr, points in grouped(found, "lr")}
+
+
+def _figure(lines: Sequence[RateLine]) -> Figure:
+    """A panel a method, loss over the rate."""
+    panels: dict[tuple[str, str], list[RateLine]] = {}
+    for line in lines:
+        panels.setdefault((line.model, line.method), []).append(line)
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
+    for index, ((_, method), members) in enumerate(panels.items()):
+        ax = figure.add_subplot(rows, columns, index + 1)
+        style = method_style(method)
+        for number, line in enumerate(members):
+            known = [(rate, loss) for rate, loss in line.losses.items() if loss is not None]
+            if not known:
+                continue
+            rates, losses = zip(*known, strict=True)
+            ax.plot(
+                rates,
+                losses,
+                color=style[0] if style and len(members) == 1 else f"C{number % 10}",
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=4,
+                linewidth=1.2,
+                label=f"{line.label} R={line.rank} {line.scaling} {line.rule}",
+            )
+        ax.set_xscale("log")
+        ax.set_xlabel("learning rate")
+        ax.set_ylabel("held-out loss (nats/token)")
+        if ax.lines:
+            ax.legend(fontsize=5.5, frameon=False)
+    return figure
