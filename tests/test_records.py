@@ -179,7 +179,7 @@ def test_not_a_record_at_all(tmp_path, content):
         ({"rows": [row(value=float("nan"))]}, r"rows\[0\].value"),
         ({"rows": [row(stderr=float("inf"))]}, r"rows\[0\].stderr"),
         ({"training": {"loss": float("nan")}}, "field 'training'"),
-        ({"model": {"name": object()}}, "field 'model'"),
+        ({"data": {"name": object()}}, "field 'data'"),
         ({"rows": [row(), row()]}, "repeats"),
         ({"status": "done"}, "status"),
     ],
