@@ -35,7 +35,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import Inputs, prepare
-from matryoshka_lora.runs.earlier import find_run
+from matryoshka_lora.runs.earlier import find_run, may_be
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import finished_record, has_points
 from matryoshka_lora.runs.record import Record, read_record
@@ -65,6 +65,13 @@ class Run:
     @property
     def overrides(self) -> tuple[str, ...]:
         return tuple(f"{key}={text}" for key, text in self.settings.items())
+
+    def may_be_of(self, record: Record) -> bool:
+        """Whether nothing that the record holds speaks against its being of this run."""
+        inputs = self.inputs
+        return inputs is not None and may_be(
+            record, self.config, inputs.model, inputs.data["fingerprint"]
+        )
 
     def finished(self) -> Record | None:
         """The record, if nothing of the run is missing. Raises UserError if it is corrupt."""
@@ -308,7 +315,6 @@ class Planner:
     def _holds(self, experiment: str, model: str, record: Record) -> bool:
         try:
             config = read_config(record.config, record.name)
-            hash8 = hash_today(record)
         except UserError:  # of another version
             return False
         method = config.method.name
@@ -321,7 +327,7 @@ class Planner:
                 planned = self.run(fixed, point | search.search_settings(planned.config))
         except (UserError, HydraException):  # the grid cannot have such a method or rank
             return False
-        return planned.inputs is not None and planned.inputs.run_hash == hash8
+        return planned.may_be_of(record)
 
     def fixed(self, chosen: Mapping[str, str]) -> dict[str, str]:
         """The overrides, key -> text, of all runs of a row: those chosen by it and those given."""

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grid import Run, hash_today
+from grid import Run
 
-from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, find_records, read_record, write_record
 
@@ -39,7 +38,6 @@ def publish(
         if lost := old - {row.key for row in record.rows}:
             logger.warning("%s: %d rows of the old record are not in the new", path, len(lost))
         write_record(path, record)
-    hashes = {record.run_hash for record in finished}
     kept: dict[Path, Record] = {}
     strangers = []
     for path in find_records(folder, "*.json"):
@@ -51,7 +49,7 @@ def publish(
             logger.warning("%s", error)
             strangers.append(path)
             continue
-        if _hash(record) in hashes:
+        if any(run.may_be_of(record) for run in runs if run.finished() is not None):
             logger.warning("%s: the record of the same run has a new name and replaces it", path)
             path.unlink()
         elif holds(record):
@@ -72,11 +70,10 @@ def publish(
             "table of its own)",
             ", ".join(path.name for path in strangers),
         )
-    have = {_hash(record) for record in (*new.values(), *kept.values())}
     holes = [
         dataclasses.asdict(run.config)
         for run in runs
-        if run.finished() is None and (run.inputs is None or run.inputs.run_hash not in have)
+        if run.finished() is None and not any(map(run.may_be_of, kept.values()))
     ]
     if holes:
         logger.warning("%s: %d of %d runs are missing", table, len(holes), len(runs))
@@ -87,11 +84,3 @@ def publish(
     print("wrote", f"{folder}/ ({len(new)} records)", *map(str, paths), sep="\n  ", flush=True)
     if kept:
         print(f"the table is on {len(kept)} more records of this grid that were there", flush=True)
-
-
-def _hash(record: Record) -> str:
-    """The run hash of this version where it can be told, so that older records are recognised."""
-    try:
-        return hash_today(record)
-    except UserError:
-        return record.run_hash

@@ -18,7 +18,6 @@ from test_launcher import environment, write_fake_slurm
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line, parse_options
 from matryoshka_lora.config import build_config, wanted_points
-from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
@@ -59,8 +58,7 @@ def trained(monkeypatch):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = build_config(compose("train", list(job.overrides)))
         inputs = prepare(config)
-        tasks = fingerprints_of(load_own_and_harness_tasks(config))
-        fingerprints = inputs.fingerprints | tasks
+        fingerprints = inputs.fingerprints | content_of_tasks(config)
         errors = [fails[text] for text in job.overrides if text in fails]
         loss = abs(math.log(config.trainer.lr / 3e-4))
         row = Row("validation", 0, None, None, 1, config.eval.rules[0], "loss", loss, None, 1, None)
@@ -84,6 +82,10 @@ def trained(monkeypatch):
         write_record(inputs.folder / "record.json", record)
         return Outcome(job, logs / "a.log", 1.0, "exit code 1" if errors else None)
 
+    def content_of_tasks(config):  # the data of some is on the hub
+        return dict.fromkeys(config.eval.tasks, "content")
+
+    monkeypatch.setattr(grid, "_task_fingerprints", content_of_tasks)
     monkeypatch.setattr(reproduce, "run_jobs", run_jobs)
     monkeypatch.setattr(
         estimate, "environment", lambda: {"device": {"kind": "cpu", "name": "this one"}}

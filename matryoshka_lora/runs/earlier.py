@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from matryoshka_lora.config import Config, read_config, run_hash
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.runs.folder import RECORD, run_path
-from matryoshka_lora.runs.record import read_record
+from matryoshka_lora.runs.record import Record, read_record
 
 
 class Place(NamedTuple):
@@ -30,15 +30,11 @@ def find_run(config: Config, model: Mapping[str, Any], data_fingerprint: str) ->
     for path in sorted(own.parent.glob(f"{own.name.rpartition('-')[0]}-*/{RECORD}")):
         try:
             record = read_record(path)
-            theirs = read_config(record.config, str(path))
         except UserError:  # of another version, or damaged
             continue
-        known = {key: record.model[key] for key in model if key in record.model}
-        if run_hash(theirs, known, record.data.get("fingerprint", "")) != run_hash(
-            config, {key: model[key] for key in known}, data_fingerprint
-        ):
+        if not may_be(record, config, model, data_fingerprint):
             continue
-        if lacking := [key for key in model if key not in known]:
+        if lacking := [key for key in model if key not in record.model]:
             doubtful = (
                 f"{path.parent} has the same settings and data, but its record does not hold the "
                 f"base's {' and '.join(lacking)}, so it may be of another base: the run is made "
@@ -47,3 +43,18 @@ def find_run(config: Config, model: Mapping[str, Any], data_fingerprint: str) ->
         else:
             return Place(path.parent)
     return Place(own, doubtful)
+
+
+def may_be(record: Record, config: Config, model: Mapping[str, Any], data_fingerprint: str) -> bool:
+    """Whether nothing that the record holds speaks against its being of this run.
+
+    By today's rules, whatever its hash is. A record of an older version may hold less of the base.
+    """
+    try:
+        theirs = read_config(record.config, record.name)
+    except UserError:  # of another version
+        return False
+    known = {key: value for key, value in record.model.items() if key in model}
+    return run_hash(theirs, known, record.data.get("fingerprint", "")) == run_hash(
+        config, {key: model[key] for key in known}, data_fingerprint
+    )
