@@ -20,8 +20,8 @@ from matryoshka_lora import pipeline, processes
 from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
-from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.loading import load_run, read_run
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.methods.base import single
