@@ -34,13 +34,10 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "on": True} | dict.fromkeys(
 )
 JOB = "MATRYOSHKA_LORA_JOB"
 """Set in the environment of the jobs of a queue."""
-# What is shown as one line. The package still raises plain ValueErrors for mistakes of the user;
-# once all of them are UserErrors, ValueError goes from here, and one of a library is shown as a
-# bug.
+# What the user can mend, beside an OSError that names its file. A ValueError of a library is none:
+# where a file of the user is read, it is made a UserError that names the file.
 OF_THE_USER = (
     UserError,
-    ValueError,
-    OSError,
     FloatingPointError,  # the training diverged
     HydraException,
     OmegaConfBaseException,
@@ -175,13 +172,23 @@ def exit_with_one_line() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
     if before == "1":
         raise error
-    if isinstance(error, OF_THE_USER):
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    # Every process that was started for a run shows its own; the first one's are the run's.
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error in process {rank}"
+    if is_of_the_user(error):
+        print(f"{who}: {one_line(error)}", file=sys.stderr)
     else:
         what = f"{type(error).__name__}: {one_line(error)}"
-        print(f"error: this is a bug or the environment, not your input: {what}", file=sys.stderr)
+        print(f"{who}: this is a bug or the environment, not your input: {what}", file=sys.stderr)
         traceback.print_exception(error)
     sys.exit(1)
+
+
+def is_of_the_user(error: BaseException) -> bool:
+    """Whether the message alone says what to mend: a missing file, a full disk, a wrong setting."""
+    return isinstance(error, OF_THE_USER) or (
+        isinstance(error, OSError) and error.filename is not None
+    )
 
 
 @contextmanager
@@ -229,6 +236,8 @@ def _leave_processes() -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error, with the nearest valid names where a key or choice is unknown."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return f"{str(error).splitlines()[0]}: {one_line(cause)}"

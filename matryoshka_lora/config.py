@@ -618,7 +618,7 @@ def validate(config: Config) -> None:
     try:
         check_rank(adapter.rank, adapter.rank)
         check_train_ranks(config.train_ranks, adapter.rank)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"adapter.rank={adapter.rank}, adapter.train_ranks: {error}") from None
     _choice("adapter.scaling", adapter.scaling, SCALINGS)
     _choice("adapter.init", adapter.init, INITS)
@@ -662,7 +662,7 @@ def validate(config: Config) -> None:
     for rank in config.eval_ranks:
         try:
             check_rank(rank, adapter.rank)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"eval.ranks: {error}") from None
         try:
             rules_at(spec, rank, rules)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import UserError, nearest
+from matryoshka_lora.core.files import naming
 from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
 from matryoshka_lora.loading import TrainedRun, check_base, read_factors
 from matryoshka_lora.models import (
@@ -71,7 +73,7 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
         )
     try:
         check_rank(rank, run.spec.rank)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
     if trained_rank(run, rank, rule) is False:
         logger.warning(
@@ -222,18 +224,19 @@ def export_merged(
     """Write the base model with `W0 + scale * B A` in place of each adapted weight, and tokenizer.
 
     The sum is formed in float32 and rounded once, to `dtype` (float32 or bfloat16; None: that of
-    the run's model). Raises UserError for an unknown rank, rule or dtype, if `out` exists and is
-    not empty, if the base model is not the one that was trained on, or if an adapted weight is tied
-    to another one, which merging would change too.
+    the run's model). Raises UserError for an unknown rank, rule, dtype or device, if `out` exists
+    and is not empty, if the base model is not the one that was trained on, or if an adapted weight
+    is tied to another one, which merging would change too.
     """
     dtype = run.config.model.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is unknown; allowed: {', '.join(DTYPES)}")
+    where = device_of(device)
     sub = sub_rank(run, rank, rule)
     with _new_folder(out) as folder:
         tokenizer = load_tokenizer(run.config.model)
         check_base(run)
-        model = load_model(run.config.model, torch.device(device))
+        model = load_model(run.config.model, where)
         for name, (A, B) in sub.factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), name
@@ -246,6 +249,19 @@ def export_merged(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _write_provenance(folder, run, rank, rule)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises UserError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type != "meta":
+            return device
+        reason = "it holds no weights"
+    except (RuntimeError, AssertionError) as error:  # the second: a torch without CUDA
+        reason = str(error).splitlines()[0]
+    raise UserError(f"device={name} cannot be used ({reason}); allowed: cpu, cuda, cuda:0, ...")
 
 
 def _base_of(config: Config) -> str:
@@ -278,9 +294,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(out)
+        # safetensors reports a full disk by an error of its own.
+        with naming(out, "nothing is left of it", SafetensorError):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import ModelConfig
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import parse_json, write_atomically
 from matryoshka_lora.models import (
     PROVENANCE,
     has_shape_file,
@@ -44,7 +44,7 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
     `revision`: the commit that the hub resolved; `config_sha256` of the shape, of a local folder;
     `weights`: a digest over all bytes of the safetensors, None for random ones; `tokenizer`: a
     digest over all that decides which tokens a text becomes; `provenance`: how a local folder was
-    made. Raises ValueError where they cannot be read.
+    made. Raises UserError where they cannot be read.
     """
     identity: dict[str, Any] = {
         "name": config.name,
@@ -63,14 +63,14 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         if not config.random_weights:
             identity["weights"] = _digest_of(_hub_weights(config, identity["revision"]))
         return identity
-    content = json.loads((source / "config.json").read_text())
+    content = _read_object(source / "config.json")
     content.pop("transformers_version", None)
     identity["config_sha256"] = _digest_of(content)
     if not config.random_weights:
         names = _weights_among(path.name for path in source.glob("*.safetensors"))
         identity["weights"] = _digest_of({name: file_sha256(source / name) for name in names})
     if (source / PROVENANCE).is_file():
-        identity["provenance"] = json.loads((source / PROVENANCE).read_text())
+        identity["provenance"] = _read_object(source / PROVENANCE)
     return identity
 
 
@@ -117,6 +117,17 @@ def file_sha256(path: Path) -> str:
         except OSError as error:  # it is read again the next time
             logger.debug("%s", error)
     return digest
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder. Raises UserError naming it."""
+    try:
+        content = parse_json(path.read_bytes())
+    except UserError as error:
+        raise UserError(f"{path} is {error}; restore the files of this model") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object; restore the files of this model")
+    return content
 
 
 def _cached_commit(config: ModelConfig) -> str | None:

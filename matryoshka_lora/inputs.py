@@ -53,7 +53,7 @@ class Tokens:
 
 
 def prepare(config: Config, identity: dict[str, Any] | None = None) -> Inputs:
-    """Read the data and identify the model. Raises ValueError for whatever is wrong with either.
+    """Read the data and identify the model. Raises UserError for whatever is wrong with either.
 
     identity: of the model, where it is known already.
     """

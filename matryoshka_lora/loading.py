@@ -25,7 +25,7 @@ from matryoshka_lora.core.adapter import (
 )
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
-from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
+from matryoshka_lora.core.storage import AdapterFile, check_layers, load_adapter, read_adapter
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, other_modalities
 from matryoshka_lora.runs.folder import RunFolder
@@ -94,6 +94,10 @@ def read_run(folder: str | Path, model_path: str | None = None) -> TrainedRun:
     config = read_config(record.config, str(files.record))
     if model_path is not None:
         config.model.path = model_path
+    try:
+        adapter_spec_of(config)
+    except UserError as error:
+        raise UserError(f"{files.record}: its config makes no adapter: {error}") from None
     return TrainedRun(files, record, config)
 
 
@@ -172,9 +176,13 @@ def load_factors(run: TrainedRun, model: PreTrainedModel) -> None:
 
 
 def read_factors(run: TrainedRun) -> AdapterFile:
-    """The run's adapter without a model. Raises UserError for a damaged file or another run's."""
+    """The run's adapter without weights of a model.
+
+    Raises UserError for a damaged file, another run's, and layers that the model does not have.
+    """
     file = read_adapter(run.folder.adapter, run.spec)
     _check_own(run, file.spec, file.facts)
+    check_layers(run.folder.adapter, file, build_model(run.config, torch.device("meta")))
     return file
 
 

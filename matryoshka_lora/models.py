@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,15 +38,15 @@ def source_of(config: ModelConfig) -> str:
     if config.path is not None:
         folder = Path(config.path)
         if not folder.is_dir():
-            raise ValueError(f"model.path={folder} is not a folder")
+            raise UserError(f"model.path={folder} is not a folder")
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path={folder} holds no config.json, so it is no model folder")
+            raise UserError(f"model.path={folder} holds no config.json, so it is no model folder")
         if not config.random_weights and not list(folder.glob("*.safetensors")):
-            raise ValueError(
+            raise UserError(
                 f"model.path={folder} holds no *.safetensors; weights are read as safetensors only"
             )
         if not (folder / "tokenizer_config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"model.path={folder} holds no tokenizer_config.json; save the tokenizer there too"
             )
         return str(folder)
@@ -62,17 +61,15 @@ def has_shape_file(config: ModelConfig) -> bool:
 def load_shape(config: ModelConfig) -> PretrainedConfig:
     """The model's transformers config.
 
-    Raises ValueError that says how to get access, or to use a local copy, where it cannot be read.
+    Raises UserError that says how to get access, or to use a local copy, where it cannot be read.
     """
     if has_shape_file(config):
         return AutoConfig.for_model(**json.loads(_shape_file(config).read_text()))
     source = source_of(config)
-    try:
+    with _reading(config, source):
         return AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(unreachable(config, source, error)) from None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -80,12 +77,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = source_of(config)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if config.random_weights:
-            logger.warning("tokenizer of %s is out of reach: the embedded one is used", source)
-            return AutoTokenizer.from_pretrained(EMBEDDED)
-        raise ValueError(unreachable(config, source, error)) from None
+        with _reading(config, source):
+            return AutoTokenizer.from_pretrained(source, **options)
+    except UserError:
+        if not config.random_weights:
+            raise
+        logger.warning("tokenizer of %s is out of reach: the embedded one is used", source)
+        return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -98,16 +96,17 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """
     dtype = DTYPES[config.dtype]
     shape = load_shape(config)
+    source = source_of(config)
     if config.random_weights or device.type == "meta":
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with _reading(config, source), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             with device:
                 model = AutoModelForCausalLM.from_config(
                     shape, dtype=dtype, trust_remote_code=config.trust_remote_code
                 )
     else:
-        source = source_of(config)
-        try:
+        with _reading(config, source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
@@ -119,12 +118,6 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except ImportError as error:  # a quantised checkpoint without its library
-            raise UserError(
-                f"model {source} needs a package that is not installed: {_first_line(error)}"
-            ) from None
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(unreachable(config, source, error)) from None
         model, found = loaded
         _check_weights(source, found)
         model = model.to(device)
@@ -190,6 +183,24 @@ def other_modalities(model: PreTrainedModel) -> list[str]:
     ]
 
 
+@contextmanager
+def _reading(config: ModelConfig, source: str) -> Iterator[None]:
+    """Whatever fails while the files of `source` are read is a UserError that names it.
+
+    transformers raises errors of all kinds for damaged or foreign files.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:  # a quantised checkpoint without its library
+        raise UserError(
+            f"model {source} needs a package that is not installed: {_first_line(error)}"
+        ) from error
+    except Exception as error:
+        raise UserError(unreachable(config, source, error)) from error
+
+
 def _shape_file(config: ModelConfig) -> Path:
     return SHAPES / f"{short_name(config.name)}.json"
 
@@ -211,6 +222,15 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
 
 def unreachable(config: ModelConfig, source: str, error: Exception) -> str:
     """Why a model cannot be read, and what to do."""
+    if Path(source).is_dir():
+        # The first two lines: of a failed check of a config, the second says what is wrong.
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        return (
+            f"model {source} cannot be read: {reason.rstrip('. ') or repr(error)}; restore the "
+            "files of this folder, or name another one by model.path=FOLDER"
+        )
     return (
         f"model {source} (revision {config.revision}) cannot be read: {_first_line(error)} "
         "If the repository is gated, accept its licence on its hub page and run `hf auth login` or "

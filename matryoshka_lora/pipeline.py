@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from matryoshka_lora.comparison import note_run
 from matryoshka_lora.config import VALIDATION, Config, build_method, wanted_points
 from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
@@ -286,6 +287,7 @@ def report(record: Record, folder: RunFolder) -> Path | None:
     Returns the plot as PNG, or None where the record has no rows for one or nothing can be written:
     a finished run is shown on a disk that is only read, too.
     """
+    note_run(folder.record)
     tables = run_tables(record)
     print(f"\n{format_run_table(record)}\n")
     if not tables:

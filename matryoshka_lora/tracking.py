@@ -12,6 +12,7 @@ uploads them, in the order of their start, into one W&B run.
 
 import dataclasses
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +50,15 @@ class Tracker:
 def make_tracker(config: Config, run_hash: str, folder: Path, main_process: bool) -> Tracker:
     """The tracker that the config names; on all processes but the main one, one that does nothing.
 
+    WANDB_MODE=disabled in the environment turns W&B off.
+
     Raises UserError if the run's wandb folder cannot be written or W&B refuses to start, such as
     without an API key.
     """
     if config.tracking.name == "none" or not main_process:
+        return Tracker()
+    if os.environ.get("WANDB_MODE") == "disabled":  # which wandb.init's own mode would overrule
+        logger.info("WANDB_MODE=disabled: nothing is tracked")
         return Tracker()
     return WandbTracker(config, run_hash, folder)
 

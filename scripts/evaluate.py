@@ -16,9 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from matryoshka_lora.cli import option, other_keys, run_script
 from matryoshka_lora.config import Config, build_config, check_given, quote_texts
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.loading import read_run
 from matryoshka_lora.pipeline import evaluate_run
-from matryoshka_lora.runs.folder import RECORD
-from matryoshka_lora.runs.record import read_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ConfigStore.instance().store(name="schema", node=Config)
@@ -46,15 +45,12 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Raises UserError where the folder is not one of a run, and what `evaluate_run` raises."""
+    """Raises UserError where `run` is no trained run, and what `evaluate_run` raises."""
     folder = Path(options.run)
-    if not (folder / RECORD).is_file():
-        raise UserError(f"run={folder} holds no {RECORD}, so it is no folder of a run")
-    record = read_record(folder / RECORD)
+    node = OmegaConf.structured(read_run(folder).config)
     overrides = quote_texts(f"{key}={text}" for key, text in options.overrides.items())
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         chosen = compose("train", overrides)
-    node = OmegaConf.create(record.config)
     for key in sorted(options.overrides):  # the group before its keys
         # A group replaces the run's own evaluation, a single key only itself.
         OmegaConf.update(node, key, OmegaConf.select(chosen, key), merge=False)

@@ -75,7 +75,7 @@ class Run:
         )
 
     def finished(self) -> Record | None:
-        """The record, if nothing of the run is missing. Raises ValueError if it is corrupt."""
+        """The record, if nothing of the run is missing. Raises UserError if it is corrupt."""
         if self._record is None and self.inputs is not None and not self.config.force:
             folder = RunFolder(self.inputs.folder)
             if folder.record.exists() or self.published is not None:

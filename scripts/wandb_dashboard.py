@@ -46,7 +46,7 @@ class Options:
 def build(options: Options) -> "Workspace":
     """The dashboard as an object of wandb-workspaces, which nothing has been sent of yet.
 
-    Raises UserError without the package, ValueError for tasks that are not name:shots.
+    Raises UserError without the package, and for tasks that are not name:shots.
     """
     curves = [
         curve_name(*parse_task(task), options.metric, options.filter, options.limit)

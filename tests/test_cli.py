@@ -18,6 +18,7 @@ from matryoshka_lora.cli import (
     run_script,
 )
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import CannotWrite
 
 
 @dataclasses.dataclass
@@ -99,6 +100,26 @@ def test_other_errors_keep_their_traceback_below_one_line(capsys):
         "error: this is a bug or the environment, not your input: RuntimeError: the device is gone"
     )
     assert rest[0].startswith("Traceback") and rest[-1] == "RuntimeError: the device is gone"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("rank=x"), "error: rank=x"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or di"),
+        (CannotWrite(28, "cannot write x (full)"), "error: cannot write x (full)"),
+        (ValueError("too many"), "error: this is a bug or the environment, not your input: Valu"),
+        (OSError("network"), "error: this is a bug or the environment, not your input: OSError"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_line_for_what_the_user_can_mend(monkeypatch, capsys, error, line, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit), exit_with_one_line():
+        raise error
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith(line if rank == "0" else line.replace("error", "error in process 1", 1))
+    assert bool(rest) == ("a bug" in line)
 
 
 def test_errors_are_raised_as_they_are_where_that_is_asked_for(monkeypatch):

@@ -21,6 +21,7 @@ from matryoshka_lora.cli import exit_with_one_line
 from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.loading import load_run, read_run
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.methods.base import single
@@ -94,6 +95,10 @@ def test_the_four_methods_run_end_to_end_and_a_second_time_only_show(tmp_path):
         for name in ("adapter.safetensors", "table.md", "table.csv", "plot.png", "train.jsonl"):
             assert (path.parent / name).stat().st_size > 0
         assert str(path.parent / "table.csv") in done.stdout
+    comparison = done.stdout.rpartition("wrote\n")[2]
+    for label in ("LoRA", "DyLoRA", "MatryoshkaLoRA", "nested dropout"):
+        assert comparison.count(f"\n{label} ") == 3 * len(RULES), label  # of three metrics
+    assert not list((tmp_path / "multirun").glob(".runs*"))
     before = {path: path.read_bytes() for path in found}
     again = train(tmp_path, methods, flags=["-m"])
     assert again.stderr.count("this run is finished") + again.stdout.count(

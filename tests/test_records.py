@@ -31,7 +31,7 @@ def record(**changes):
         name="arithmetic/tiny/lora-r8-none/lr0.001-seed42-00000000",
         config={"seed": 42, "adapter": {"rank": 8, "train_ranks": None}},
         run_hash="00000000",
-        model={"name": "tiny"},
+        model={"name": "tiny", "revision": None},
         data={"fingerprint": "f00", "used": 10, "truncated": 0, "fully_masked": 0},
         training={"steps": 3, "loss": 1.25, "peak_memory_gib": None},
         phases=[
@@ -179,7 +179,7 @@ def test_not_a_record_at_all(tmp_path, content):
         ({"rows": [row(value=float("nan"))]}, r"rows\[0\].value"),
         ({"rows": [row(stderr=float("inf"))]}, r"rows\[0\].stderr"),
         ({"training": {"loss": float("nan")}}, "field 'training'"),
-        ({"model": {"name": object()}}, "field 'model'"),
+        ({"data": {"name": object()}}, "field 'data'"),
         ({"rows": [row(), row()]}, "repeats"),
         ({"status": "done"}, "status"),
     ],

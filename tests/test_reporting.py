@@ -10,6 +10,7 @@ import pytest
 
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.reporting import (
+    format_multirun,
     format_run_table,
     plot_tables,
     rank_table,
@@ -21,7 +22,7 @@ from matryoshka_lora.reporting import (
 )
 from matryoshka_lora.reporting.differences import differences
 from matryoshka_lora.reporting.frame import tidy_frame
-from matryoshka_lora.reporting.plots import _drawn
+from matryoshka_lora.reporting.plots import _drawn, _figure
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,10 @@ def record(rows, status="finished", error=None, settings=None, **changes):
     settings = settings or config(**changes)
     name = f"{settings['method']['name']}-r{settings['adapter']['rank']}-seed{settings['seed']}"
     return Record(status, name, settings, "0" * 8, {}, {}, error=error, rows=rows)
+
+
+def write(path, one):
+    write_record(path, dataclasses.replace(one, model={"name": "tiny", "revision": None}))
 
 
 def curve(values, **changes):
@@ -202,9 +207,21 @@ def test_loss_is_raw_low_is_best_and_last(tmp_path):
     assert [table.metric.metric for table in tables] == ["exact_match", "loss"]
     write_tables(tables, tmp_path / "t", "t")
     text = (tmp_path / "t.md").read_text()
-    # Equal printed values are both the best.
-    assert "| **1.800** | 1.600 | **1.000** | **1.500** |" in text
-    assert "| 2.000 | **1.500** | **1.000** | **1.500** |" in text
+    # Where all printed values are equal, nothing won.
+    assert "| **1.800** | 1.600 | 1.000 | 1.500 |" in text
+    assert "| 2.000 | **1.500** | 1.000 | 1.500 |" in text
+    # Equal values that beat others are both the best.
+    third = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([3.0, 3.0, 1.1], metric="loss")]
+    records = [record(rows), record(other, method="lora"), record(third, method="matryoshka")]
+    text = format_multirun(records)
+    assert text.count(">1.000") == 2 and "> marks the best" in text
+
+
+def test_rules_differ_in_the_legend(grid):
+    rows = [*curve([0.1, 0.2, 0.3]), *curve([0.2, 0.3, 0.4], rule="trained")]
+    axes = _figure(rank_tables([record(rows)])).axes[0]
+    styles = {(line.get_linestyle(), line.get_fillstyle()) for line in axes.get_lines()}
+    assert styles == {("-", "full"), ("--", "none")}
 
 
 def test_holes_are_marked_and_named(grid, tmp_path):
@@ -423,7 +440,7 @@ def report(*arguments, cwd):
 def test_the_script(grid, tmp_path):
     folder = tmp_path / "results" / "records" / "toy"
     for number, one in enumerate(grid):
-        write_record(folder / f"run{number}" / "record.json", one)
+        write(folder / f"run{number}" / "record.json", one)
     done = report(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = write_report("toy", [read_record(p) for p in folder.rglob("*.json")], tmp_path)
@@ -447,7 +464,7 @@ def test_the_script_on_ones_own_runs(grid, tmp_path):
         (folder / "wandb" / "files").mkdir(parents=True)
         (folder / "wandb" / "files" / "wandb-summary.json").write_text("{}")
         (folder / "config.yaml").touch()
-        write_record(folder / "record.json", one)
+        write(folder / "record.json", one)
     (runs / "stopped" / "wandb").mkdir(parents=True)  # before its first record
     (runs / "stopped" / "config.yaml").touch()
     (runs / "stopped" / "wandb" / "wandb-metadata.json").write_text("{}")
@@ -458,7 +475,7 @@ def test_the_script_on_ones_own_runs(grid, tmp_path):
         made = tmp_path / "out" / path.relative_to(tmp_path / "expected")
         assert made.read_bytes() == path.read_bytes()
     # Whole runs beside committed records are a table like any other.
-    write_record(tmp_path / "results" / "flat" / "one.json", grid[0])
+    write(tmp_path / "results" / "flat" / "one.json", grid[0])
     done = report("results", "output=out", cwd=tmp_path)
     assert done.returncode == 0 and "out/tables/flat.md" in done.stdout, done.stderr
 

@@ -222,6 +222,11 @@ def test_second_start_is_a_folder_of_the_same_run(tmp_path: Path) -> None:
     assert files[1].curve("train/step", "train/samples_at_rank/8") == {2: 32, 3: 32}
 
 
+def test_disabled_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert type(make_tracker(offline_config(), HASH, tmp_path, True)) is Tracker
+
+
 def test_other_processes_and_no_tracking_do_nothing(tmp_path: Path) -> None:
     for tracker in (
         make_tracker(Config(), HASH, tmp_path, True),

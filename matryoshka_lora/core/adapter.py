@@ -92,9 +92,9 @@ def add_adapters(
         module = model.get_submodule(name)
         try:
             if isinstance(module, AdapterLinear):
-                raise ValueError("it has an adapter already")
+                raise UserError("it has an adapter already")
             sizes_of(module)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"adapter.targets names {name}, a {type(module).__name__}, not a plain linear "
                 f"layer ({error}); linear layers of this model: {', '.join(linear)}"

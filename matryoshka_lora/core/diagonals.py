@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matryoshka_lora.core.errors import UserError
+
 SCALINGS = ("none", "sqrt", "rank")
 
 
@@ -29,7 +31,7 @@ def sub_rank_scale(rank: int, scaling: str) -> float:
     """`s_r`: 1 for "none", 1/sqrt(r) for "sqrt" (rsLoRA, arXiv 2312.03732), 1/r for "rank"."""
     check_rank(rank, rank)
     if scaling not in SCALINGS:
-        raise ValueError(f"scaling {scaling!r} is unknown; allowed: {', '.join(SCALINGS)}")
+        raise UserError(f"scaling {scaling!r} is unknown; allowed: {', '.join(SCALINGS)}")
     return {"none": 1.0, "sqrt": 1.0 / math.sqrt(rank), "rank": 1.0 / rank}[scaling]
 
 
@@ -62,20 +64,20 @@ def power_diagonal(decay: float, max_rank: int, scaling: str) -> Tensor:
 
 
 def check_rank(rank: int, max_rank: int) -> None:
-    """Raises ValueError unless 1 <= rank <= max_rank."""
+    """Raises UserError unless 1 <= rank <= max_rank."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank {rank!r} is not a positive integer")
+        raise UserError(f"rank {rank!r} is not a positive integer")
     if rank > max_rank:
-        raise ValueError(f"rank {rank} is above the adapter's rank {max_rank}")
+        raise UserError(f"rank {rank} is above the adapter's rank {max_rank}")
 
 
 def check_train_ranks(train_ranks: Sequence[int], max_rank: int) -> None:
-    """Raises ValueError unless the sub-ranks are non-empty, strictly increasing, in 1..max_rank."""
+    """Raises UserError unless the sub-ranks are non-empty, strictly increasing, in 1..max_rank."""
     if not train_ranks:
-        raise ValueError("the set of trained sub-ranks is empty; give at least one rank")
+        raise UserError("the set of trained sub-ranks is empty; give at least one rank")
     for rank in train_ranks:
         check_rank(rank, max_rank)
     if list(train_ranks) != sorted(set(train_ranks)):
-        raise ValueError(
+        raise UserError(
             f"sub-ranks {list(train_ranks)} must be strictly increasing, each given once"
         )

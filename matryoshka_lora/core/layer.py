@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka_lora.core.errors import UserError
+
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_gate": 0}
 """Parameters of a layer by their role, the last segment of their name -> the axis of the rank."""
 
@@ -55,7 +57,7 @@ class AdapterLinear(nn.Linear):
         gated: bool = False,
         float32_diagonal: bool = False,
     ) -> None:
-        """p: (R,), float32. dtype: of the factors. Raises ValueError for a base without sizes."""
+        """p: (R,), float32. dtype: of the factors. Raises UserError for a base without sizes."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = sizes_of(base)
         if type(base) is nn.Linear:
@@ -117,8 +119,8 @@ class AdapterLinear(nn.Linear):
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a module that maps (..., in) to (..., out). Raises ValueError if it has none."""
+    """(in, out) of a module that maps (..., in) to (..., out). Raises UserError if it has none."""
     sizes = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"a {type(module).__name__} has no in_features and out_features")
+        raise UserError(f"a {type(module).__name__} has no in_features and out_features")
     return sizes  # type: ignore[return-value]

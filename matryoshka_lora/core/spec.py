@@ -1,8 +1,10 @@
 """What a trained adapter is, as far as reading it at a sub-rank needs to know."""
 
+import math
 from dataclasses import dataclass
 
 from matryoshka_lora.core.diagonals import check_rank, sub_rank_scale
+from matryoshka_lora.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class AdapterSpec:
     activations before."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a diagonal of another length than R, and an unknown scaling."""
+        """Raises UserError for a diagonal that is not R finite numbers, and an unknown scaling."""
         check_rank(self.rank, self.rank)
         sub_rank_scale(self.rank, self.scaling)
         if len(self.p_full) != self.rank:
-            raise ValueError(f"a diagonal of {len(self.p_full)} entries for rank {self.rank}")
+            raise UserError(f"a diagonal of {len(self.p_full)} entries for rank {self.rank}")
+        if not all(isinstance(p, int | float) and math.isfinite(p) for p in self.p_full):
+            raise UserError(f"a diagonal of {self.p_full[:4]}..., which are not all numbers")

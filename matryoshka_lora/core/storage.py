@@ -22,7 +22,7 @@ from matryoshka_lora.core.adapter import (
     view_of,
 )
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import parse_json, write_atomically
 from matryoshka_lora.core.layer import by_layer
 from matryoshka_lora.core.rules import AdapterView
 from matryoshka_lora.core.spec import AdapterSpec
@@ -117,6 +117,21 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
                 f"{path} does not fit the model: its {name} is {found}, the model's adapters have "
                 f"{wanted}"
             )
+    check_layers(path, file, model)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(file.state[name])
+    _state(model).spec = file.spec
+    set_importance(model, file.importance)
+    set_diagonal(model, torch.tensor(file.spec.p_full, dtype=torch.float32))
+    return file.facts
+
+
+def check_layers(path: Path, file: AdapterFile, model: nn.Module) -> None:
+    """Raise UserError unless the layers of a file and their shapes are those of an adapted model.
+
+    The model may be on the meta device.
+    """
     parameters = adapter_parameters(model)
     if file.state.keys() != parameters.keys():
         lacking = sorted(parameters.keys() - file.state.keys())
@@ -131,25 +146,18 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
                 f"{path}: {name} has shape {tuple(file.state[name].shape)}, "
                 f"the model needs {tuple(parameter.shape)}"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(file.state[name])
-    _state(model).spec = file.spec
-    set_importance(model, file.importance)
-    set_diagonal(model, torch.tensor(file.spec.p_full, dtype=torch.float32))
-    return file.facts
 
 
 def _parse_header(
     metadata: Mapping[str, str], asked: AdapterSpec | None
 ) -> tuple[AdapterSpec, dict[str, Any]]:
     if HEADER in metadata:
-        header = json.loads(metadata[HEADER])
+        header = parse_json(metadata[HEADER])
         spec = header["spec"]
         tuples = {name: tuple(spec[name]) for name in ("p_full", "train_ranks")}
         return AdapterSpec(**(spec | tuples)), dict(header["facts"])
     if asked is None:
-        raise ValueError("it is of an earlier version, which can be read with its run only")
+        raise UserError("it is of an earlier version, which can be read with its run only")
     old = AdapterSpec(
         rank=int(metadata["rank"]),
         scaling=metadata["scaling"],

@@ -23,7 +23,7 @@ VALIDATION_SEED = 0
 def load_records(config: DatasetConfig, split: Split = "train") -> list[Record]:
     """The records of a split, each checked for the fields that the dataset's prompt needs.
 
-    Raises ValueError: it names the file and the line if a folder or file is missing, empty or not
+    Raises UserError: it names the file and the line if a folder or file is missing, empty or not
     JSON or a record lacks a field, and says what to do if the hub cannot be reached.
     """
     if config.name not in PROMPTS:
@@ -59,7 +59,7 @@ def load_records(config: DatasetConfig, split: Split = "train") -> list[Record]:
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """`<folder>/<split>.jsonl`, `.json` or `.parquet`; ValueError if the folder has none."""
+    """`<folder>/<split>.jsonl`, `.json` or `.parquet`; UserError if the folder has none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; it must hold {split}.jsonl")
     for suffix in SUFFIXES:
@@ -72,7 +72,7 @@ def find_split(folder: Path, split: str) -> Path:
 
 
 def read_file(path: Path) -> list[Record]:
-    """The records of a JSONL, JSON (a list) or Parquet file. Raises ValueError naming the line."""
+    """The records of a JSONL, JSON (a list) or Parquet file. Raises UserError naming the line."""
     rows = read_rows(path)
     for where, row in rows:
         if not isinstance(row, dict):
@@ -100,7 +100,7 @@ def _read_hub(config: DatasetConfig, split: str) -> list[Record]:
 def split_validation(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records), both in the given order.
 
-    Which records are held out depends only on how many there are and on `share`. Raises ValueError
+    Which records are held out depends only on how many there are and on `share`. Raises UserError
     if none is left to train on.
     """
     held_out = np.zeros(len(records), dtype=bool)

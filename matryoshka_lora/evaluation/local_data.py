@@ -99,5 +99,18 @@ def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.D
             )
     try:
         return datasets.Dataset.from_list([document for _, document in documents])
-    except (ValueError, TypeError) as error:  # pyarrow's errors are these
-        raise UserError(f"{path}: the documents' fields differ in type: {error}") from error
+    except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are these
+        raise UserError(
+            f"{path}{_first_of_another_type(documents)}: all documents have to have fields of the "
+            f"same types ({error})"
+        ) from error
+
+
+def _first_of_another_type(documents: list[tuple[str, Any]]) -> str:
+    """Where a value first differs in type from its field before; empty if that is nested."""
+    known: dict[str, type] = {}
+    for where, document in documents:
+        for field, value in document.items():
+            if value is not None and known.setdefault(field, type(value)) is not type(value):
+                return f", {where}, field {field!r}"
+    return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import naming, parse_json
 from matryoshka_lora.evaluation.engines.protocol import Output, Point
 from matryoshka_lora.evaluation.rows import Key, Score
 from matryoshka_lora.evaluation.tasks import EvalTask
@@ -144,14 +145,18 @@ class Samples:
     @contextmanager
     def appending(self) -> Iterator[Append]:
         """A function that scores a document's outputs and appends them to the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        kept = "what is in it stays; free some space and run the same command again"
+        with naming(self.path, kept):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a", encoding="utf-8")
+        with file:
 
             def append(point: Point, doc_id: int, outputs: Sequence[Output]) -> None:
                 sample = self._sample(point, doc_id, outputs)
-                file.write(sample.line() + "\n")
-                # A killed process loses what it holds itself, not what the system has.
-                file.flush()
+                with naming(self.path, kept):
+                    file.write(sample.line() + "\n")
+                    # A killed process loses what it holds itself, not what the system has.
+                    file.flush()
                 self._keep(sample)
 
             yield append
@@ -193,7 +198,7 @@ class Samples:
         whole, stale = len(data) - len(lines.pop()), 0
         for number, line in enumerate(lines, 1):
             try:
-                decoded = json.loads(line)
+                decoded = parse_json(line, number)
             except ValueError as error:
                 if number < len(lines):
                     raise self._damaged(number, error) from error

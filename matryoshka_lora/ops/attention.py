@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.ops.device import to_device
 from matryoshka_lora.ops.kernels import AVAILABLE, decode_attention
 
@@ -65,7 +66,7 @@ def packed_inputs(
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` on packed rows for the length of a block.
 
-    Raises ValueError for a model that does not take its attention from transformers' interface or
+    Raises UserError for a model that does not take its attention from transformers' interface or
     whose layers attend in another way than fully or through a sliding window.
     """
     configs = [model.config]
@@ -75,7 +76,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     for config in configs:
         other = set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES)
         if other or not getattr(model, "_supports_flash_attn", False):
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} cannot run on packed rows: "
                 + (f"its layers are {sorted(other)}" if other else "it has no flash attention path")
                 + "; set trainer.packed=false eval.engine=hf"
@@ -84,7 +85,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         model.set_attn_implementation(PACKED)
         if any(config._attn_implementation != PACKED for config in configs):
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} does not let its attention be replaced, so it cannot run "
                 "on packed rows; set trainer.packed=false eval.engine=hf"
             )
@@ -125,18 +126,18 @@ def packed(
     That bound saves the plain functions some work.
     reference: use the plain functions where flash attention or the kernel would be used.
 
-    Raises ValueError for what a model asks of its attention and this one does not do.
+    Raises UserError for what a model asks of its attention and this one does not do.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(module).__name__} asks for {name}, which packed attention does not do; "
                 "set trainer.packed=false eval.engine=hf"
             )
     if dropout:
-        raise ValueError("packed attention has no dropout; set the model's attention_dropout to 0")
+        raise UserError("packed attention has no dropout; set the model's attention_dropout to 0")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
+        raise UserError(f"{type(module).__name__} is not causal; packed attention is")
     assert attention_mask is None and query.shape[0] == 1, (
         "a packed row needs no mask and is a batch of one"
     )
@@ -151,7 +152,7 @@ def packed(
     if kv_index is not None:
         key, value = key[:, :, kv_index], value[:, :, kv_index]
     if cu_seq_lens_q is None or max_length_q is None or max_length_k is None:
-        raise ValueError("packed attention needs the documents' bounds: pass **packed_inputs(...)")
+        raise UserError("packed attention needs the documents' bounds: pass **packed_inputs(...)")
     if cu_seq_lens_k is None:
         cu_seq_lens_k = cu_seq_lens_q
     if fast:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from matryoshka_lora.core.errors import UserError
+
 Function = Callable[[], Tensor]
 
 
@@ -43,7 +45,7 @@ class Graphs:
     def __call__(self, kind: Hashable, sizes: Hashable, function: Function) -> Tensor:
         """kind: names functions that run the same code; sizes: of the tensors that it works on.
 
-        Raises ValueError for what cannot be captured, such as a function that waits for the device.
+        Raises UserError for what cannot be captured, such as a function that waits for the device.
         """
         if kind not in self._kinds:
             self._kinds.add(kind)
@@ -56,7 +58,7 @@ class Graphs:
                 raise
             except RuntimeError as error:
                 # The device is left within the capture, so the run cannot go on without graphs.
-                raise ValueError(
+                raise UserError(
                     f"this model cannot be captured as a CUDA graph ({_cause(error)}); set "
                     "trainer.cuda_graphs=false and eval.cuda_graphs=false"
                 ) from error

@@ -9,12 +9,18 @@ from matryoshka_lora.reporting.curves import RankTable, rank_table, rank_tables,
 from matryoshka_lora.reporting.dedicated import format_comparisons
 from matryoshka_lora.reporting.plots import plot_tables
 from matryoshka_lora.reporting.rates import write_rates
-from matryoshka_lora.reporting.tables import format_run_table, table_frame, write_tables
+from matryoshka_lora.reporting.tables import (
+    format_multirun,
+    format_run_table,
+    table_frame,
+    write_tables,
+)
 from matryoshka_lora.runs.record import Record
 
 __all__ = [
     "RankTable",
     "format_comparisons",
+    "format_multirun",
     "format_run_table",
     "plot_tables",
     "rank_table",
@@ -38,7 +44,7 @@ def write_report(
     Records of a search also give `<name>-rates`, a table and a figure of the loss over the learning
     rate; those of at least FEWEST dedicated LoRAs `tables/<name>-dedicated.md`. Returns the paths,
     the main table first. The files depend on the arguments alone, not on the order of the records
-    or on the clock. `planned`: see `rank_tables`, whose ValueErrors this raises, too.
+    or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
     """
     results_dir = Path(results_dir)
     table, figure = results_dir / "tables" / table_name, results_dir / "figures" / table_name

@@ -188,23 +188,26 @@ def lines_of(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 def _run(
     name: str, config: Mapping[str, Any], variant: Variant, problem: str | None
 ) -> dict[str, Any]:
-    def setting(key: str) -> Any:
+    def setting(key: str, kind: type) -> Any:
         value: Any = config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 raise UserError(f"the config of run {name!r} lacks '{key}'; tables need it")
             value = value[part]
-        return value
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            raise UserError(f"the config of run {name!r}: '{key}' is {value!r}") from None
 
     return {
         "run": name,
-        "model": str(setting("model.name")),
-        "dataset": str(setting("dataset.name")),
-        "method": str(setting("method.name")),
-        "R": int(setting("adapter.rank")),
-        "scaling": str(setting("adapter.scaling")),
-        "lr": float(setting("trainer.lr")),
-        "seed": int(setting("seed")),
+        "model": setting("model.name", str),
+        "dataset": setting("dataset.name", str),
+        "method": setting("method.name", str),
+        "R": setting("adapter.rank", int),
+        "scaling": setting("adapter.scaling", str),
+        "lr": setting("trainer.lr", float),
+        "seed": setting("seed", int),
         "variant": variant,
         "problem": problem,
     }

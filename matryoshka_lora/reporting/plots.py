@@ -21,6 +21,9 @@ _SPARE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
 # By the order of the rules.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
+# The same for the markers, because a marker hides most of its line in a legend.
+_FILLS: tuple[Any, ...] = ("full", "none", "bottom", "left")
+
 _PANEL_COLUMNS = 2  # more would be too small to read on a page
 _PANEL_INCHES = (5.8, 3.7)
 _TITLE_CHARACTERS = 64  # of a line that fits above a panel
@@ -45,9 +48,9 @@ def plot_tables(
     """Draw a panel a table, write `<stem>.png` and `<stem>.pdf`, and return the paths.
 
     A row of panels holds the metrics of one (model, dataset, R, scaling). Score over log2 rank, a
-    line for each method (colour, marker) and rule (dash), a band of one standard deviation over
-    seeds, the base model dashed, dedicated LoRAs as open diamonds; AURAC (log2) in the legend
-    below. No date or version goes into the files.
+    line for each method (colour, marker) and rule (dash, fill of the marker), a band of one
+    standard deviation over seeds, the base model dashed, dedicated LoRAs as open diamonds; AURAC
+    (log2) in the legend below. No date or version goes into the files.
     """
     return save_figure(lambda: _figure(tables), Path(stem), suffixes)
 
@@ -123,7 +126,7 @@ def _legend(below: Axes, ax: Axes) -> None:
         ncols=2,
         frameon=False,
         alignment="left",
-        handlelength=2.8,
+        handlelength=4.2,
         columnspacing=1.0,
         borderaxespad=0,
     )
@@ -162,6 +165,7 @@ def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> Non
     ranks = sorted(curve.cells)
     means = [curve.cells[rank].mean for rank in ranks]
     label = f"{curve.method} {' = '.join(rules)}{_distinction(table, curve)}"
+    place = min(rule_place(rules[0]), len(_DASHES) - 1)
     area = curve.aurac.get("log2")
     if area is not None and curve.aurac_ranks == table.curve_ranks:
         label += f": {table.metric.text(area.mean)}"
@@ -173,7 +177,9 @@ def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> Non
         marker=marker,
         markersize=4,
         linewidth=1.6,
-        linestyle=_DASHES[min(rule_place(rules[0]), len(_DASHES) - 1)],
+        linestyle=_DASHES[place],
+        fillstyle=_FILLS[place],
+        markerfacecoloralt="white",
         alpha=_opacity(table, curve),
         label=label,
     )

@@ -9,7 +9,7 @@ import pandas as pd
 
 from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.aurac import AXES, Axis
-from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, run_tables
+from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, rank_tables, run_tables
 from matryoshka_lora.reporting.differences import Difference, differences, references
 from matryoshka_lora.runs.record import Record
 
@@ -28,8 +28,8 @@ def write_tables(tables: Sequence[RankTable], stem: str | Path, title: str) -> l
     """Write `<stem>.csv`, `.md` and `.tex` and return their paths; same tables, same bytes.
 
     CSV: one line for each row of any table, mean and sd apart. Markdown and LaTeX: a section a
-    table, `mean ± sd`, the best value of each column bold, what is missing named below. Markdown
-    also has the differences from one curve, see `differences`.
+    table, `mean ± sd`, the best value of each column bold unless all are equal, what is missing
+    named below. Markdown also has the differences from one curve, see `differences`.
     """
     stem = Path(stem)
     contents = {
@@ -53,6 +53,28 @@ def format_run_table(record: Record) -> str:
     return "\n\n".join(blocks) or f"{record.name}: nothing evaluated yet ({record.status})"
 
 
+def format_multirun(records: Sequence[Record]) -> str:
+    """Scores of several runs as plain text: a block a metric, a line for each method and rule.
+
+    As in `write_tables` seeds are pooled, and the best value of a column is marked by `>`. Raises
+    UserError as `rank_tables` does.
+    """
+    blocks = []
+    for table in rank_tables(records):
+        lines = _body(table, _PLAIN)
+        text_columns = lines[0].index("seeds")
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        block = [table.metric.label, f"{_caption(table)}; > marks the best"]
+        for line in lines:
+            cells = [
+                text.ljust(width) if place < text_columns else text.rjust(width)
+                for place, (text, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            block.append("  ".join(cells).rstrip())
+        blocks.append("\n".join([*block, *_notes(table)]))
+    return "\n\n".join(blocks)
+
+
 @dataclass(frozen=True)
 class _Markup:
     """How one format writes a cell."""
@@ -64,6 +86,7 @@ class _Markup:
     escape: Callable[[str], str]
 
 
+_PLAIN = _Markup("±", "-", "*", ">{}".format, lambda text: text)
 _MARKDOWN = _Markup("±", "–", "\\*", "**{}**".format, lambda text: text.replace("|", "\\|"))
 _LATEX_SPECIAL = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
@@ -184,7 +207,7 @@ def _best(table: RankTable) -> dict[int | Axis, str]:
     for column in (*table.ranks, *AXES):
         cells = [_at(row, column) for row in table.rows if _competes(table, row, column)]
         means = [cell.mean for cell in cells if cell is not None]
-        if len(means) > 1:
+        if len({table.metric.text(mean) for mean in means}) > 1:  # else nothing won
             best[column] = table.metric.text(choose(means))
     return best
 

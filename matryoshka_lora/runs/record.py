@@ -11,10 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+    create_model,
+)
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import parse_json, write_atomically
 from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
 from matryoshka_lora.runs.folder import RECORD
 
@@ -86,9 +93,8 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        return _parse_record(document)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return _parse_record(parse_json(path.read_bytes(), parse_constant=_refuse_constant))
+    except ValueError as error:
         raise UserError(
             f"{path} is not a valid run record: {error}. The file is left alone; "
             "restore it, or move it away to run again"
@@ -211,15 +217,40 @@ def _schema_of(fields: type, **stricter: Any) -> type[BaseModel]:
 
 
 _RowSchema = _schema_of(Row, shots=NonNegativeInt, rank=NonNegativeInt, n=NonNegativeInt)
-_RecordSchema = _schema_of(Record, rows=list[_RowSchema])  # type: ignore[valid-type]
+
+
+class _Facts(BaseModel):
+    """What a part of a record must hold where other code relies on it, whatever else is there."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _ModelFacts(_Facts):
+    name: str
+    revision: str | None
+
+
+class _EvaluationFacts(_Facts):
+    seconds: NonNegativeFloat = 0.0
+    finished: list[str] = []
+    truncated_prompts: dict[str, Any] = {}
+
+
+_RecordSchema = _schema_of(
+    Record,
+    model=_ModelFacts,
+    evaluation=_EvaluationFacts | None,
+    rows=list[_RowSchema],  # type: ignore[valid-type]
+)
 
 
 def _first_problem(error: ValidationError) -> str:
     """One line: the first field that is wrong and why."""
     first = error.errors(include_url=False, include_context=False)[0]
     # ("rows", 3, "scores", ...): what follows a row's field is pydantic's own name of a type.
+    depth = {"rows": 3, "model": 2, "evaluation": 2}.get(str(first["loc"][0]), 1)
     name = ""
-    for part in first["loc"][: 3 if first["loc"][0] == "rows" else 1]:
+    for part in first["loc"][:depth]:
         name += f"[{part}]" if isinstance(part, int) else f"{'.' * bool(name)}{part}"
     if first["type"] == "missing":
         return f"field '{name}' is missing"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import naming
 from matryoshka_lora.methods import Hooks
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class TrainingState:
     def restore(self, path: Path, content: Any) -> tuple[int, float]:
         """Put the content of a checkpoint in place; returns its step and seconds.
 
-        Raises ValueError naming file and parameter, before anything is changed, unless the names,
+        Raises UserError naming file and parameter, before anything is changed, unless the names,
         shapes and dtypes are those of the parameters.
         """
         _check(path, content, self.parameters)
@@ -85,7 +86,7 @@ class Checkpoints:
     def resume(self, state: TrainingState) -> tuple[int, float]:
         """Restore the newest checkpoint that can be read; returns the steps done and seconds spent.
 
-        (0, 0.0) if there is none. Raises ValueError if it is not a checkpoint of this training.
+        (0, 0.0) if there is none. Raises UserError if it is not a checkpoint of this training.
         """
         found = newest_checkpoint(self.folder, set_aside=self.writes)
         self._saved = time.monotonic()
@@ -156,18 +157,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"checkpoint {path} could not be written ({error}); the last good one is kept: free "
-            "some space and run the same command again"
-        ) from error
+    kept = "the last good one is kept: free some space and run the same command again"
+    # torch reports a failed write as RuntimeError.
+    with naming(path, kept, RuntimeError):
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     left = [*folder.glob(f"*{UNREADABLE}"), *folder.glob("*.tmp")]  # .tmp: of a killed process
     for old in [*_checkpoints(folder)[:-KEPT], *left]:
         old.unlink()

@@ -49,7 +49,7 @@ def fit(
     The loss of a step is the mean over the label tokens of its whole effective batch, over all
     processes and forwards. Resumes from the newest checkpoint in `folder`; appends one entry a step
     to `folder/train.jsonl` and hands it to `on_step`. Raises FloatingPointError, naming step and
-    records, if loss or gradient norm is not finite, and ValueError if the effective batch cannot be
+    records, if loss or gradient norm is not finite, and UserError if the effective batch cannot be
     split evenly or a checkpoint is not of this training.
     """
     settings = config.trainer

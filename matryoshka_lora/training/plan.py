@@ -63,7 +63,7 @@ def split_into_forwards(
 
 
 def check_effective_batch(effective_batch: int, processes: int, micro_batch: int | None) -> None:
-    """Raises ValueError unless the effective batch splits evenly into processes and micro-batches.
+    """Raises UserError unless the effective batch splits evenly into processes and micro-batches.
 
     The message lists the numbers that would fit.
     """

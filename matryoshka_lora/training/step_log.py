@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import naming, parse_json, write_atomically
 from matryoshka_lora.ops.device import to_host
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,13 @@ class StepLog:
     def start(self, first: int) -> None:
         """Keep the entries of the steps before `first` and drop later ones: they are done again.
 
-        Raises ValueError if the file lacks entries of steps that the checkpoint has behind it.
+        Raises UserError if the file is damaged, or lacks entries of steps that the checkpoint has
+        behind it.
         """
         if self.path.is_file():
             # What follows the last newline is half a line that a killed process left.
-            lines = self.path.read_text().split("\n")[:-1]
-            self.entries = [json.loads(line) for line in lines[:first]]
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+            self.entries = [self._entry(number, line) for number, line in enumerate(lines[:first])]
         if len(self.entries) < first and self.writes:
             raise UserError(
                 f"{self.path} has {len(self.entries)} rows, its checkpoint is of step {first}; "
@@ -80,6 +81,21 @@ class StepLog:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             write_atomically(self.path, text.encode())
             self._file = self.path.open("a")
+
+    def _entry(self, step: int, line: bytes) -> dict[str, Any]:
+        """The entry of a step, counted from 0. Raises UserError unless it is that step's."""
+        try:
+            entry = parse_json(line, step + 1)
+            fits = isinstance(entry, dict) and entry.get("step") == step
+            needed = ("loss", "tokens", "label_tokens", "seconds")
+            if fits and all(isinstance(entry.get(key), int | float) for key in needed):
+                return entry
+            reason = f"no entry of step {step} at line {step + 1}"
+        except UserError as error:
+            reason = str(error)
+        raise UserError(
+            f"{self.path} is damaged ({reason}); restore the file, or set force=true to train again"
+        )
 
     def add(
         self, step: int, records: list[int], tensors: dict[str, Tensor], known: dict[str, Any]
@@ -117,8 +133,9 @@ class StepLog:
         self.entries.append(entry)
         if self._file is None:
             return
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with naming(self.path, "free some space and run the same command again"):
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
         self.on_step(entry)
         waited = time.monotonic() - self._shown
         if waited > PROGRESS_SECONDS or step.number + 1 in (1, self.steps):

@@ -25,7 +25,7 @@ def make_engine(
     """The engine of this name, batched or hf; only its own libraries are imported.
 
     batch_size: of hf. cuda_graphs: of batched. lockstep: the base is sharded over the processes.
-    Raises ValueError for other names and for models that the engine cannot answer for.
+    Raises UserError for other names and for models that the engine cannot answer for.
     """
     if name == "hf":
         from matryoshka_lora.evaluation.engines.hf import HFEngine

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.core.adapter import diagonal
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.engines.protocol import Output, Outputs, Point, Request
 
 
@@ -64,14 +65,14 @@ def _without_warnings(name: str) -> Iterator[None]:
 class HFEngine:
     """All requests of one kind at one point are one call, so batches are those of the harness.
 
-    Raises ValueError for a batch size below 1.
+    Raises UserError for a batch size below 1.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch size {batch_size} is not positive")
+            raise UserError(f"batch size {batch_size} is not positive")
         self.model = model
         self.lm = harness_lm(model, tokenizer, batch_size)
 

@@ -90,7 +90,7 @@ class BatchedEngine:
     same forwards: they decode as many rows as the one with the least memory can, and running out of
     memory is an error.
 
-    Raises ValueError for limits below 1, and for devices and generation configs that this engine
+    Raises UserError for limits below 1, and for devices and generation configs that this engine
     does not answer as transformers does.
     """
 
@@ -106,7 +106,7 @@ class BatchedEngine:
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         refuse(model)
         self.model = model
         self.limits = Limits.of(model, max_rows, max_tokens)
@@ -153,7 +153,7 @@ class BatchedEngine:
 
 
 def refuse(model: PreTrainedModel) -> None:
-    """Raises ValueError for what greedy decoding here would not do as transformers does it."""
+    """Raises UserError for what greedy decoding here would not do as transformers does it."""
     if model.device.type not in DEVICE_LIMITS:
         raise UserError(
             f"the batched engine runs on {' and '.join(DEVICE_LIMITS)}, the model is on "

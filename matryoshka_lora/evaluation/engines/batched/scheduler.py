@@ -184,7 +184,7 @@ class Scheduler:
         """After running out of memory: half as much at a time from now on.
 
         decoding: groups whose answers were being decoded and start again. rows: of the KV cache, if
-        there was one. Raises ValueError if nothing can be halved.
+        there was one. Raises UserError if nothing can be halved.
         """
         limits = self.limits
         if limits.max_tokens == 1 and (self.scoring or limits.max_rows == 1):
