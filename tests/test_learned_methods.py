@@ -373,7 +373,8 @@ def test_every_parameter_belongs_to_a_layer(learned):
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 def test_a_learned_method_from_training_to_its_table(tmp_path, method):
     config = small_config(tmp_path, method__name=method, method__target_rank=1, eval__tasks=[])
-    config.dataset.validation, config.trainer.max_steps = 0.05, 10
+    config.dataset.validation, config.trainer.effective_batch = 0.05, 4
+    config.trainer.max_steps = 10
     config.method.mask_every, config.method.sparsity, config.trainer.lr = 1, 300.0, 1e-3
     record = run(config)
     rows = {(row.rank, row.rule): row for row in record.rows}
