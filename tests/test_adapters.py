@@ -24,6 +24,7 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import load_adapter, read_adapter, save_adapter
+from matryoshka_lora.loading import warn_of_narrow_layers
 
 RANK = 8
 P = matryoshka_diagonal([1, 2, 4, 8], RANK, "none")
@@ -417,6 +418,15 @@ def test_a_file_tells_how_the_diagonal_is_multiplied(tmp_path):
         load_adapter(path, rounding)
     save_adapter(plain, rounding)  # as written before there was a choice
     assert read_adapter(plain).spec == rounded
+
+
+def test_layers_narrower_than_the_rank_are_named(caplog):
+    warn_of_narrow_layers(adapted())
+    assert caplog.text == ""
+    spec = AdapterSpec(40, "none", (1.0,) * 40, trains_prefixes=False)
+    warn_of_narrow_layers(adapted(spec=spec, fill_B=False))
+    assert "adapter.rank=40 is more than some layers are wide" in caplog.text
+    assert "k_proj 16" in caplog.text and "down_proj 32" in caplog.text
 
 
 def test_files_of_earlier_versions_are_read(tmp_path):
