@@ -45,7 +45,7 @@ def composed(tmp_path, *overrides):
 CHOICES = [
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent != CONFIGS and path.parent.name != "accelerate"
+    if path.parent != CONFIGS and path.parent.name not in ("accelerate", "evidence")
 ]
 
 
