@@ -79,6 +79,7 @@ def check_model(
             packed=config.trainer.packed or answers_many,
             many_packed=answers_many or (config.trainer.packed and trains_many),
             many_padded=trains_many and not config.trainer.packed,
+            decodes=answers_many,
         )
     return lm
 
@@ -175,12 +176,14 @@ def probe(
     packed: bool,
     many_packed: bool,
     many_padded: bool,
+    decodes: bool = False,
 ) -> None:
     """Raise UserError unless the model does with two short documents what will be asked of it.
 
     packed: a packed row of both gives the logits of each alone. many_packed, many_padded: in such
-    rows every adapter layer can apply a diagonal to each document. An adapter that is not reached
-    is named in a warning.
+    rows every adapter layer can apply a diagonal to each document. decodes: and in decoding to each
+    answer, for which a layer must see new tokens only, not cached ones. An adapter that is not
+    reached is named in a warning.
     """
     # Short ones: what goes wrong goes wrong with two tokens.
     documents = [
@@ -208,7 +211,14 @@ def probe(
     if packed:
         found = _check_packed(model, documents, logits, p)
         if many_packed:
-            _check_targets(model, expected, found, "packed")
+            _check_targets(model, expected, found, "packed rows")
+    if decodes:
+        ids = torch.tensor([documents[0]], device=device)
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        with _calls(model, p[0]) as found:
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        last = {name: [rows[-1:] for rows in calls] for name, calls in alone[0].items()}
+        _check_targets(model, {name: last.get(name, []) for name in found}, found, "decoding")
     if many_padded:
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         flat = torch.tensor([token for document in documents for token in document])
@@ -221,7 +231,7 @@ def probe(
             name: [rows[kept] if len(rows) == len(kept) else rows[:0] for rows in calls]
             for name, calls in found.items()
         }
-        _check_targets(model, expected, trimmed, "padded")
+        _check_targets(model, expected, trimmed, "padded rows")
 
 
 def _check_packed(
@@ -280,10 +290,10 @@ def _check_targets(model: PreTrainedModel, expected: Calls, found: Calls, rows: 
         targets = sorted({name.rpartition(".")[2] for name in wrong})
         raise UserError(
             f"adapter.targets names {', '.join(targets)}, which cannot be given a diagonal for "
-            f"each document of a batch ({rows} rows): the layers ({wrong[0]} and {len(wrong) - 1} "
-            "more) do not see the tokens in the batch's order. Leave them out of adapter.targets, "
-            "or read one rank at a time: eval.engine=hf, and method.draw=step where the method "
-            "draws ranks"
+            f"each document of a batch (in {rows}): the layers ({wrong[0]} and {len(wrong) - 1} "
+            "more) do not see just the tokens of the batch, in its order. Leave them out of "
+            "adapter.targets, or read one rank at a time: eval.engine=hf, and method.draw=step "
+            "where the method draws ranks"
         )
 
 

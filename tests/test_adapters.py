@@ -395,12 +395,12 @@ def test_the_diagonal_may_stay_float32_in_the_product(shape):
         layer.p = p
         h = x @ layer.lora_A.T
         scaled = (h.float() * p).bfloat16() if kept else h * p.bfloat16()
-        found = layer._scaled(x)
+        found = layer.scaled(x)
         assert found.dtype == torch.bfloat16 and torch.equal(found, scaled)
         errors[kept] = (found.double() - h.double() * p.double()).norm()
         # Without rounding there is no difference.
         layer.float()
-        assert torch.equal(layer._scaled(x.float()), (x.float() @ layer.lora_A.T) * p)
+        assert torch.equal(layer.scaled(x.float()), (x.float() @ layer.lora_A.T) * p)
     assert errors[True] < 0.8 * errors[False]
 
 

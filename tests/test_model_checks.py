@@ -114,8 +114,9 @@ def config(**changes) -> Config:
 
 
 @torch.no_grad()
-def check(model, packed=False, many_packed=False, many_padded=False) -> None:
-    probe(model, examples(9, 8), packed=packed, many_packed=many_packed, many_padded=many_padded)
+def check(model, packed=False, many_packed=False, many_padded=False, decodes=False) -> None:
+    many = {"many_packed": many_packed, "many_padded": many_padded, "decodes": decodes}
+    probe(model, examples(9, 8), packed=packed, **many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,7 +126,7 @@ def test_a_model_that_can_do_it_all_is_left_as_it_was(dtype):
     layers = adapter_layers(model)
     before = {name: (layer.p, layer.lora_A.clone()) for name, layer in layers.items()}
     attention, random = model.config._attn_implementation, torch.get_rng_state()
-    check(model, packed=True, many_packed=True, many_padded=True)
+    check(model, packed=True, many_packed=True, many_padded=True, decodes=True)
     check_model(config(), model, tokens(examples(9, 8)), [], ACCELERATOR)
     assert model.config._attn_implementation == attention and not model.training
     assert torch.equal(torch.get_rng_state(), random)
@@ -160,6 +161,10 @@ def test_mla_hides_the_sequences_from_kv_b_proj():
     model = random_model("deepseek_v2", ["q_b_proj", "kv_b_proj", "o_proj"], **DEEPSEEK)
     with pytest.raises(UserError, match=r"adapter\.targets names kv_b_proj, .*padded rows"):
         check(model, many_padded=True)
+    with pytest.raises(UserError, match=r"adapter\.targets names kv_b_proj, .*in decoding"):
+        check(model, packed=True, many_packed=True, decodes=True)
+    model = random_model("deepseek_v2", ["q_b_proj", "o_proj"], **DEEPSEEK)
+    check(model, packed=True, many_packed=True, many_padded=True, decodes=True)
 
 
 def test_attention_of_packed_rows_may_be_viewed():

@@ -333,7 +333,7 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
         (["table2", "tiny"], "'tiny' is not key=value"),
         (["table2", "limit=1", "limit=2"], "given twice"),
         (["table2", "model=tiny", "scalings=cube"], "adapter.scaling=cube is unknown"),
-        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must not be negative"),
+        (["table2", "model=tiny", "seeds=-1"], "seed=-1 must be from 0"),
         (["table2", "model=tiny", "lrs=0"], "trainer.lr=0.0 must be a positive number"),
         (["table2", "model=tiny", "ranks=0"], "adapter.rank=0"),
         (["table2", "model=tiny", "dataset.path=nowhere"], "nowhere is not a folder"),
