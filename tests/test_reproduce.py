@@ -60,7 +60,8 @@ def trained(monkeypatch):
         inputs = prepare(config)
         errors = [fails[text] for text in job.overrides if text in fails]
         loss = abs(math.log(config.trainer.lr / 3e-4))
-        row = Row("validation", 0, None, None, 1, config.eval.rules[0], "loss", loss, None, 1, None)
+        rule = (config.eval.rules or ["svd"])[0]
+        row = Row("validation", 0, None, None, 1, rule, "loss", loss, None, 1, None)
         rows = [dataclasses.replace(row, rank=rank) for rank in config.eval_ranks]
         if config.eval.tasks:
             value = config.seed / 1e4
