@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -485,9 +484,10 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def run_hash(config: Config, model_identity: Mapping[str, Any], data_fingerprint: str) -> str:
-    """8 hex digits over exactly what changes the adapter."""
+    """8 hex digits over exactly what changes the adapter, the method's diagonals included."""
     content = {
         "settings": affecting(config, "adapter"),
+        "method": build_method(config).fingerprint(),
         "model": model_identity,
         "data": data_fingerprint,
     }
@@ -514,21 +514,34 @@ def variant(
     return {key: json.dumps(value) for key, value in found.items()}
 
 
-def wanted_points(config: Config) -> list[str]:
-    """A name for every number that the config asks for; a run is finished when it has them all."""
+VALIDATION = "validation"
+"""What points and rows call the records that are held out of training."""
+
+
+def wanted_points(config: Config, fingerprints: Mapping[str, str]) -> list[str]:
+    """A name for every number that the config asks for; a run is finished when it has them all.
+
+    fingerprints: of the content behind each entry of `eval.tasks`, and behind "validation". What
+    has none is left out.
+    """
     spec = adapter_spec_of(config)
     axes = ("eval.tasks", "eval.ranks", "eval.rules")
     asked = affecting(config, "evaluation")
     rest = " ".join(f"{k.removeprefix('eval.')}={v}" for k, v in asked.items() if k not in axes)
-    tasks = [f"{name}:{shots} {rest}" for name, shots in config.tasks]
+    tasks = {f"{name}:{shots}": f" {rest}" for name, shots in config.tasks}
     if config.dataset.validation:
-        tasks.append("validation")
+        tasks[VALIDATION] = ""
     readings = [
         f"{rule}@{rank}"
         for rank in config.eval_ranks
         for rule in rules_at(spec, rank, config.eval.rules)
     ]
-    return [f"{task} {reading}" for task in tasks for reading in readings]
+    return [
+        f"{task}{rest} {fingerprints[task]} {reading}"
+        for task, rest in tasks.items()
+        if task in fingerprints
+        for reading in readings
+    ]
 
 
 def parse_task(text: str) -> tuple[str, int]:
@@ -626,20 +639,6 @@ def validate(config: Config) -> None:
         raise UserError(f"eval.tasks={config.eval.tasks} names a task twice")
     _choice("tracking.name", config.tracking.name, ("none", "wandb"))
     _choice("tracking.mode", config.tracking.mode, ("online", "offline"))
-    check_output(Path(config.output_dir))
-
-
-def check_output(folder: Path) -> None:
-    """Raises UserError unless `folder` is, or can be made, a folder that can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from None
 
 
 def short_name(model: str) -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, build_method, run_hash, short_name
+from matryoshka_lora.config import VALIDATION, Config, build_method, run_hash, short_name
 from matryoshka_lora.data.examples import Example, tokenize
 from matryoshka_lora.data.records import Record as DataRecord
 from matryoshka_lora.data.records import fingerprint, load_records, split_validation
-from matryoshka_lora.models import EMBEDDED, load_tokenizer, model_identity, source_of
-from matryoshka_lora.runs.folder import run_path
+from matryoshka_lora.identity import model_identity
+from matryoshka_lora.models import EMBEDDED, load_tokenizer, source_of
+from matryoshka_lora.runs.earlier import Place, find_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,20 @@ class Inputs:
     held_out: list[DataRecord]
     """Records of the training split that measure the validation loss."""
     data: dict[str, Any]
-    """Fingerprint of the records to train on, and how many are held out."""
+    """Fingerprints of the records to train on and of those held out, and how many these are."""
     model: dict[str, Any]
-    """Identity of the base model, see `models.model_identity`."""
+    """Identity of the base model, see `identity.model_identity`."""
     run_hash: str
-    folder: Path
+    place: Place
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the held-out records, if there are any, as `config.wanted_points` takes it."""
+        return {VALIDATION: self.data["held_out_fingerprint"]} if self.held_out else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +52,24 @@ class Tokens:
     """Whether the embedded tokenizer made them."""
 
 
-def prepare(config: Config) -> Inputs:
-    """Read the data and identify the model. Raises ValueError for whatever is wrong with either."""
+def prepare(config: Config, identity: dict[str, Any] | None = None) -> Inputs:
+    """Read the data and identify the model. Raises ValueError for whatever is wrong with either.
+
+    identity: of the model, where it is known already.
+    """
     build_method(config)  # knows whether the method exists
     source_of(config.model)  # knows whether a folder is one of a model, before anything is read
     records = load_records(config.dataset)
     train, held_out = split_validation(records, config.dataset.validation)
     digest = fingerprint(train, config.dataset)
     data = {"fingerprint": digest, "held_out": len(held_out)}
-    identity = model_identity(config.model)
+    if held_out:
+        data["held_out_fingerprint"] = fingerprint(held_out, config.dataset)
+    if identity is None:
+        identity = model_identity(config.model)
     hash8 = run_hash(config, identity, digest)
-    return Inputs(train, held_out, data, identity, hash8, run_path(config, hash8))
+    place = find_run(config, identity, digest)
+    return Inputs(train, held_out, data, identity, hash8, place)
 
 
 def tokenize_records(config: Config, inputs: Inputs) -> Tokens:

@@ -26,13 +26,8 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, load_adapter, read_adapter
-from matryoshka_lora.models import (
-    DTYPES,
-    load_model,
-    load_tokenizer,
-    model_identity,
-    other_modalities,
-)
+from matryoshka_lora.identity import model_identity
+from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, other_modalities
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -110,19 +105,22 @@ def adapter_facts(model: dict[str, Any], run_hash: str) -> dict[str, Any]:
 def check_base(run: TrainedRun) -> None:
     """Raise UserError if the base model of `run.config` is not the one the run was trained on.
 
-    A model of the hub is read at the recorded revision. A local folder in place of a model of the
-    hub cannot be compared with it; a warning says so.
+    A model of the hub is read at the recorded revision. Otherwise all that both the record and the
+    model hold is compared; where that leaves out the weights, a warning says so.
     """
     recorded, model = run.record.model, run.config.model
-    if recorded["revision"] is not None:
-        if model.path is None:
-            model.revision = recorded["revision"]  # what the hub's branch was at training
-        else:
-            logger.warning("taking %s for a copy of %s", model.path, recorded)
+    if recorded["revision"] is not None and model.path is None:
+        model.revision = recorded["revision"]  # what the hub's branch was at training
         return
     now = model_identity(model)
+    if None in (recorded.get("weights"), now["weights"]) and not recorded["random_weights"]:
+        logger.warning(
+            "taking %s for the base that %s was trained on: its record holds no digest of all "
+            "weights",
+            *(model.path or model.name, run.folder.path),
+        )
     for key in recorded:
-        if recorded[key] != now.get(key):
+        if None not in (recorded[key], now.get(key)) and recorded[key] != now[key]:
             raise UserError(
                 f"the base model {model.path or model.name} is not the one that "
                 f"run={run.folder.path} was trained on: {key} is {now.get(key)}, the record says "

@@ -1,9 +1,8 @@
 """Base model and tokenizer: the embedded one, a local folder, the hub, or random weights."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ EMBEDDED = ASSETS / "tiny"
 # Model shapes for random weights where the hub cannot be reached: facts of the public configs.
 SHAPES = ASSETS / "shapes"
 PROVENANCE = "provenance.json"
+"""How a local folder was made."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,21 +54,25 @@ def source_of(config: ModelConfig) -> str:
     return str(EMBEDDED) if config.name == "tiny" else config.name
 
 
+def has_shape_file(config: ModelConfig) -> bool:
+    """Whether the shape is read from a file of this package."""
+    return config.random_weights and config.path is None and _shape_file(config).is_file()
+
+
 def load_shape(config: ModelConfig) -> PretrainedConfig:
     """The model's transformers config.
 
     Raises ValueError that says how to get access, or to use a local copy, where it cannot be read.
     """
-    shape = SHAPES / f"{short_name(config.name)}.json"
-    if config.random_weights and config.path is None and shape.is_file():
-        return AutoConfig.for_model(**json.loads(shape.read_text()))
+    if has_shape_file(config):
+        return AutoConfig.for_model(**json.loads(_shape_file(config).read_text()))
     source = source_of(config)
     try:
         return AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(_unreachable(config, source, error)) from None
+        raise ValueError(unreachable(config, source, error)) from None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -81,7 +85,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if config.random_weights:
             logger.warning("tokenizer of %s is out of reach: the embedded one is used", source)
             return AutoTokenizer.from_pretrained(EMBEDDED)
-        raise ValueError(_unreachable(config, source, error)) from None
+        raise ValueError(unreachable(config, source, error)) from None
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -104,21 +108,26 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     else:
         source = source_of(config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
                 revision=config.revision,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
+                # It would fail with a traceback of shapes; without them it tells which.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         except ImportError as error:  # a quantised checkpoint without its library
             raise UserError(
                 f"model {source} needs a package that is not installed: {_first_line(error)}"
             ) from None
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(_unreachable(config, source, error)) from None
-        model = model.to(device)  # type: ignore[arg-type]
+            raise ValueError(unreachable(config, source, error)) from None
+        model, found = loaded
+        _check_weights(source, found)
+        model = model.to(device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -181,7 +190,27 @@ def other_modalities(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
+def _shape_file(config: ModelConfig) -> Path:
+    return SHAPES / f"{short_name(config.name)}.json"
+
+
+def _check_weights(source: str, found: Mapping[str, Any]) -> None:
+    """Raises UserError where weights that the shape announces would be random.
+
+    Weights that have no place in the shape are named by transformers itself.
+    """
+    problems = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
+    for what, entries in problems.items():
+        if entries:
+            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+            raise UserError(
+                f"model {source}: {len(names)} weights that its config.json announces are {what}, "
+                f"such as {names[0]}; restore weights and config.json of one model"
+            )
+
+
+def unreachable(config: ModelConfig, source: str, error: Exception) -> str:
+    """Why a model cannot be read, and what to do."""
     return (
         f"model {source} (revision {config.revision}) cannot be read: {_first_line(error)} "
         "If the repository is gated, accept its licence on its hub page and run `hf auth login` or "
@@ -192,47 +221,3 @@ def _unreachable(config: ModelConfig, source: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-
-
-def model_identity(config: ModelConfig) -> dict[str, Any]:
-    """What tells this base model from another, without loading its weights.
-
-    `config_sha256` of the shape and `weights_sha256` of the safetensors (local folders),
-    `revision`: the commit that the hub resolved, `provenance`: how a local folder was made. No
-    paths, so that the identity is the same on every machine.
-    """
-    identity: dict[str, Any] = {
-        "name": config.name,
-        "random_weights": config.random_weights,
-        "revision": None,
-        "config_sha256": None,
-        "weights_sha256": None,
-        "provenance": None,
-    }
-    if config.path is None and config.name != "tiny":
-        # The shape files hold no commit; a repository that was really read does.
-        identity["revision"] = getattr(load_shape(config), "_commit_hash", None)
-        return identity
-    folder = Path(source_of(config))
-    content = json.loads((folder / "config.json").read_text())
-    content.pop("transformers_version", None)
-    identity["config_sha256"] = hashlib.sha256(
-        json.dumps(content, sort_keys=True).encode()
-    ).hexdigest()
-    if not config.random_weights:
-        identity["weights_sha256"] = _header_hash(folder)
-    if (folder / PROVENANCE).is_file():
-        identity["provenance"] = json.loads((folder / PROVENANCE).read_text())
-    return identity
-
-
-def _header_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(length))
-            # The first weights tell two trainings of one shape apart at no cost.
-            digest.update(file.read(1 << 20))
-        digest.update(str(path.stat().st_size).encode())
-    return digest.hexdigest()

@@ -3,9 +3,9 @@
 import dataclasses
 import logging
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,20 +13,21 @@ from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matryoshka_lora.config import Config, build_method, wanted_points
+from matryoshka_lora.config import VALIDATION, Config, build_method, wanted_points
 from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import check_writable, write_atomically
 from matryoshka_lora.core.storage import save_adapter
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.held_out import held_out_rows
-from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.readings import plan_points
-from matryoshka_lora.evaluation.rows import Row, merge_rows
+from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.evaluation.sweep import Source, run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask
+from matryoshka_lora.identity import model_identity
 from matryoshka_lora.inputs import Inputs, Tokens, prepare, tokenize_records
 from matryoshka_lora.loading import (
     adapter_facts,
@@ -39,16 +40,25 @@ from matryoshka_lora.loading import (
 from matryoshka_lora.memory import estimate, print_estimate
 from matryoshka_lora.model_checks import check_model
 from matryoshka_lora.models import load_tokenizer
-from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator
+from matryoshka_lora.processes import (
+    build_adapted_model,
+    is_sharded,
+    make_accelerator,
+    on_main,
+)
 from matryoshka_lora.reporting import format_run_table, plot_tables, run_tables, write_tables
 from matryoshka_lora.runs.folder import RunFolder, runs_root
+from matryoshka_lora.runs.lock import locked
 from matryoshka_lora.runs.progress import (
+    Additions,
     finished_record,
+    has_points,
     is_trained,
     open_record,
     record_failure,
+    replacing,
 )
-from matryoshka_lora.runs.provenance import environment
+from matryoshka_lora.runs.provenance import new_phase
 from matryoshka_lora.runs.record import Record, write_record
 from matryoshka_lora.tracking import Tracker, make_tracker
 from matryoshka_lora.training.loop import fit
@@ -64,93 +74,118 @@ def run(config: Config) -> Record | None:
     check_effective_batch(
         config.trainer.effective_batch, accelerator.num_processes, config.trainer.micro_batch
     )
-    inputs = prepare(config)
+    inputs = prepare(config, on_main(accelerator, lambda: model_identity(config.model)))
     if config.trainer.dry_run:
         _dry_run(config, inputs, main)
         return None
     folder = RunFolder(inputs.folder)
-    record = finished_record(config, folder)
+    tasks = load_own_and_harness_tasks(config, accelerator)
+    fingerprints = inputs.fingerprints | fingerprints_of(tasks)
+    wanted = wanted_points(config, fingerprints)
+    record = None if config.force else finished_record(folder, wanted)
     if record is not None:
         if main:
             logger.info("this run is finished; force=true would make it again")
             report(record, folder)
         return record
-    tasks = load_own_and_harness_tasks(config, accelerator)
+    if inputs.place.doubtful:
+        logger.info("%s", inputs.place.doubtful)
+    if main:
+        check_writable(Path(config.output_dir), "output_dir", "choose another folder")
     tokens = tokenize_records(config, inputs)
     # The shape alone tells whether the targets exist, long before weights are read.
     shape = build_model(config, torch.device("meta"))
     if main:
         warn_of_narrow_layers(shape)
-    record = _start_record(config, inputs, tokens, folder, accelerator)
-    tracker = make_tracker(config, inputs.run_hash, folder.path, main)
-    try:
-        model = build_adapted_model(config, accelerator)
-        lm = check_model(config, model, tokens, tasks, accelerator)
-        if is_trained(folder, record):
-            logger.info("training is finished; reading %s", folder.adapter)
-            load_factors(read_run(folder.path), model)
-        else:
-            train(config, inputs, model, tokens.train, record, folder, accelerator, tracker)
-        held_out = tokens.held_out
-        evaluate(config, model, tokens.tokenizer, tasks, held_out, record, folder, accelerator, lm)
-        if main:
-            record.status, record.error = "finished", None
-            write_record(folder.record, record)
-            tracker.finish(record, report(record, folder))
-    except Exception as error:
-        if main:
-            record_failure(folder, record, error)
-        tracker.close(1)
-        raise
-    tracker.close(0)
+    with locked(folder, main), replacing(folder, config.force and main) as has_begun:
+        record = _start_record(config, inputs, tokens, folder, accelerator)
+        tracker = make_tracker(config, record.run_hash, folder.path, main)
+        try:
+            model = build_adapted_model(config, accelerator)
+            lm = check_model(config, model, tokens, flat(tasks), accelerator)
+            if is_trained(folder, record):
+                logger.info("training is finished; reading %s", folder.adapter)
+                load_factors(read_run(folder.path), model)
+            else:
+                train(config, model, tokens.train, record, folder, accelerator, tracker, has_begun)
+            evaluate(
+                *(config, model, tokens.tokenizer, tasks, tokens.held_out, fingerprints),
+                *(record, folder, accelerator, lm),
+            )
+            if main:
+                record.status, record.error = "finished", None
+                write_record(folder.record, record)
+                tracker.finish(record, report(record, folder))
+        except Exception as error:
+            if main:
+                record_failure(folder, record, error)
+            tracker.close(1)
+            raise
+        tracker.close(0)
     return record if main else None
 
 
 def evaluate_run(folder: Path, config: Config) -> Record | None:
     """Evaluate a trained run as `config.eval` says and add the rows to its record.
 
-    config: the run's own, but for `eval` and `model.path`. Rows that are there already stay.
-    Raises UserError where the run is not trained or the base model is another one.
+    config: the run's own, but for `eval` and `model.path`. Rows that are there already stay; a run
+    whose own evaluation is complete with them is finished. Raises UserError where the run is not
+    trained, another process works on it, or the base model is another one.
     """
-    trained = dataclasses.replace(read_run(folder), config=config)
-    check_base(trained)
-    record = trained.record
+    read_run(folder)
     accelerator = make_accelerator()
-    tasks = load_own_and_harness_tasks(config, accelerator)
-    tokenizer = load_tokenizer(config.model)
-    model = build_adapted_model(config, accelerator)
-    load_factors(trained, model)
-    evaluate(config, model, tokenizer, tasks, [], record, trained.folder, accelerator)
-    if not accelerator.is_main_process:
-        return None
-    record.error = None
-    write_record(trained.folder.record, record)
-    report(record, trained.folder)
+    with locked(RunFolder(folder), accelerator.is_main_process):
+        recorded = read_run(folder)  # now that nobody else changes it
+        trained, record = dataclasses.replace(recorded, config=config), recorded.record
+        check_base(trained)
+        tasks = load_own_and_harness_tasks(config, accelerator)
+        tokenizer = load_tokenizer(config.model)
+        model = build_adapted_model(config, accelerator)
+        load_factors(trained, model)
+        evaluate(
+            *(config, model, tokenizer, tasks, [], fingerprints_of(tasks)),
+            *(record, trained.folder, accelerator),
+        )
+        if not accelerator.is_main_process:
+            return None
+        own = dataclasses.replace(recorded.config, model=config.model)
+        if record.status == "finished" or _is_complete(record, own):
+            record.status, record.error = "finished", None
+        write_record(trained.folder.record, record)
+        report(record, trained.folder)
     return record
 
 
 def train(
     config: Config,
-    inputs: Inputs,
     model: PreTrainedModel,
     examples: Sequence[Example],
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
     tracker: Tracker,
+    has_begun: Callable[[], None],
 ) -> None:
-    """Train the adapter of `model`, save it and write the training's summary to the record."""
+    """Train the adapter of `model`, save it and write the training's summary to the record.
+
+    has_begun: called after the first step.
+    """
     logger.info("training %s in %s", config.method.name, folder.path)
     method = build_method(config)
+    phase = new_phase("training", accelerator.num_processes)
+    record.phases.append(phase)
+
+    def on_step(entry: dict[str, Any]) -> None:
+        if "first_step" not in phase:
+            phase["first_step"] = entry["step"]
+            write_record(folder.record, record)
+            has_begun()
+        tracker.step(entry)
+
     try:
         record.training = fit(
-            model,
-            examples,
-            method,
-            config,
-            folder.path,
-            accelerator,
-            on_step=tracker.step,
+            *(model, examples, method, config, folder.path, accelerator),
+            on_step=on_step,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -160,7 +195,7 @@ def train(
         ) from error
     set_importance(model, method.hooks.importance())
     if accelerator.is_main_process:
-        save_adapter(folder.adapter, model, adapter_facts(inputs.model, inputs.run_hash))
+        save_adapter(folder.adapter, model, adapter_facts(record.model, record.run_hash))
         record.status = "evaluating"
         write_record(folder.record, record)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -170,8 +205,9 @@ def evaluate(
     config: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[EvalTask],
+    tasks: Mapping[str, Sequence[EvalTask]],
     held_out: Sequence[Example],
+    fingerprints: Mapping[str, str],
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
@@ -179,20 +215,21 @@ def evaluate(
 ) -> None:
     """Add the rows of every point that is missing to `record`, saving it after each point.
 
+    fingerprints: of the content behind `tasks` and `held_out`, as `wanted_points` takes them.
     lm: what `check_model` returned.
     """
-    main = accelerator.is_main_process
-    sharded = is_sharded(accelerator)
+    main, sharded = accelerator.is_main_process, is_sharded(accelerator)
     plan = plan_points(
         adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
-    facts = record.evaluation = dict(record.evaluation or {"seconds": 0.0, "finished": []})
-    spent, began = facts["seconds"], time.monotonic()
+    settings = dataclasses.asdict(config.eval)
+    phase = new_phase("evaluation", accelerator.num_processes, settings=settings)
+    own = {key: value for key, value in fingerprints.items() if key == VALIDATION}
+    measured = has_points(record, wanted_points(config, own))
+    additions = Additions(record, folder, phase)
 
-    def on_point(source: Source, point: Point, rows: list[Row]) -> None:
-        record.rows = merge_rows(record.rows, rows)
-        facts["seconds"] = spent + time.monotonic() - began
-        write_record(folder.record, record)
+    def on_point(source: Source, point: Point, rows: list[Row], computed: bool) -> None:
+        additions.add(rows, computed)
         shown = [
             f"{row.metric}{f' ({row.filter})' if row.filter else ''} {row.value:.4f}"
             for row in rows
@@ -203,14 +240,17 @@ def evaluate(
             *(source.name, source.shots, point.rank, point.rule, ", ".join(shown)),
         )
 
-    if held_out:
-        rows = held_out_rows(model, held_out, plan, config.trainer.packed, accelerator)
-        record.rows = merge_rows(record.rows, rows)
+    if held_out and not measured:
+        rows = held_out_rows(
+            *(model, held_out, plan, config.trainer.packed, accelerator), fingerprints[VALIDATION]
+        )
+        if main:
+            additions.add(rows, computed=True)
     if tasks:
         run_sweep(
             model,
             tokenizer,
-            tasks,
+            flat(tasks),
             plan,
             make_engine(
                 config.eval.engine,
@@ -227,19 +267,24 @@ def evaluate(
             lockstep=sharded,
             on_point=on_point,
         )
-        if main:
-            facts["truncated_prompts"] = dict(facts.get("truncated_prompts", {})) | {
-                f"{task.name}:{task.shots}": task.truncated for task in tasks
-            }
-    facts["engine"] = config.eval.engine
-    facts["finished"] = sorted({*facts["finished"], *wanted_points(config)})
-    facts["seconds"] = spent + time.monotonic() - began
+    if main:
+        truncated = dict((record.evaluation or {}).get("truncated_prompts", {}))
+        truncated |= {f"{task.name}:{task.shots}": task.truncated for task in flat(tasks)}
+        additions.finish(wanted_points(config, fingerprints), truncated_prompts=truncated)
+
+
+def _is_complete(record: Record, own: Config) -> bool:
+    """Whether the record has every point that its own config asks for, on today's documents."""
+    fingerprints = fingerprints_of(load_own_and_harness_tasks(own))
+    fingerprints[VALIDATION] = record.data.get("held_out_fingerprint", "")
+    return has_points(record, wanted_points(own, fingerprints))
 
 
 def report(record: Record, folder: RunFolder) -> Path | None:
     """Print the rank-accuracy table, write table and plot beside the record, name the files.
 
-    Returns the plot as PNG, or None where the record has no rows for one.
+    Returns the plot as PNG, or None where the record has no rows for one or nothing can be written:
+    a finished run is shown on a disk that is only read, too.
     """
     tables = run_tables(record)
     print(f"\n{format_run_table(record)}\n")
@@ -247,8 +292,12 @@ def report(record: Record, folder: RunFolder) -> Path | None:
         return None
     files = (folder.record, folder.adapter, folder.config, folder.train_log, folder.samples)
     paths = [path for path in files if path.exists()]
-    paths += write_tables(tables, folder.table, title=record.name)
-    figures = plot_tables(tables, folder.plot)
+    try:
+        paths += write_tables(tables, folder.table, title=record.name)
+        figures = plot_tables(tables, folder.plot)
+    except OSError as error:
+        logger.warning("table and plot are not written: %s", error)
+        return None
     print("wrote", *(str(path) for path in [*paths, *figures]), sep="\n  ", flush=True)
     return next(path for path in figures if path.suffix == ".png")
 
@@ -266,18 +315,12 @@ def _start_record(
 ) -> Record:
     """The run's record so far, or a new one; the main process writes it and the config."""
     main = accelerator.is_main_process
-    if config.force and main and folder.path.exists():
-        shutil.rmtree(folder.path)
-    accelerator.wait_for_everyone()
-    facts = environment()
+    accelerator.wait_for_everyone()  # the main process may have set an older run aside
     fresh = Record(
         status="training",
         name=str(folder.path.relative_to(runs_root(config))),
         config=dataclasses.asdict(config),
         run_hash=inputs.run_hash,
-        git=facts["git"],
-        versions=facts["versions"],
-        device=facts["device"] | {"processes": accelerator.num_processes},
         model=inputs.model,
         data=inputs.data | tokens.facts,
     )

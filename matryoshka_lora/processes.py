@@ -2,10 +2,16 @@
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+)
 from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
@@ -14,6 +20,8 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import build_model
 from matryoshka_lora.models import decoder_layers
 from matryoshka_lora.ops.device import let_segments_grow
+
+T = TypeVar("T")
 
 
 def make_accelerator() -> Accelerator:
@@ -37,6 +45,14 @@ def make_accelerator() -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
     return accelerator
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What `function` returns on the main process, which alone calls it, on every process."""
+    value: list[Any] = [function() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(value)
+    return value[0]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -19,6 +19,8 @@ from typing import Any, Literal, cast
 
 from matryoshka_lora.config import Config, build_method, short_name
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import check_writable
+from matryoshka_lora.evaluation.rows import test_sets
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
 from matryoshka_lora.runs.record import Record, Row, RowKey
 
@@ -70,19 +72,33 @@ def run_group(config: Config) -> str:
 
 
 def curve_name(
-    task: str, shots: int, metric: str, answer_filter: str | None, limit: int | None = None
+    task: str,
+    shots: int,
+    metric: str,
+    answer_filter: str | None,
+    limit: int | None = None,
+    test_set: str | None = None,
 ) -> str:
-    """The name of a rank-accuracy curve, such as `gsm8k-3shot/exact_match-strict-match`."""
+    """The name of a rank-accuracy curve, such as `gsm8k-3shot/exact_match-strict-match`.
+
+    test_set: where the record has several, see `rows.test_sets`.
+    """
     documents = "" if limit is None else f"-first{limit}"
     extracted = "" if answer_filter is None else f"-{answer_filter}"
-    return f"{task}-{shots}shot{documents}/{metric}{extracted}"
+    which = "" if test_set is None else f"-{test_set}"
+    return f"{task}-{shots}shot{documents}{which}/{metric}{extracted}"
 
 
 class WandbTracker(Tracker):
     """One W&B run. `wandb` is imported here only, so that without tracking it is never loaded."""
 
     def __init__(self, config: Config, run_hash: str, folder: Path) -> None:
-        _check_writable(folder / "wandb")
+        # W&B itself would go on silently in a temporary folder.
+        check_writable(
+            folder / "wandb",
+            "tracking=wandb",
+            "free it, choose another output_dir, or set tracking=none",
+        )
         import wandb
 
         self.wandb = wandb
@@ -133,14 +149,15 @@ class WandbTracker(Tracker):
 
     def rows(self, rows: Sequence[Row]) -> None:
         by_rank: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        names = _curves_of(rows)
         for row in rows:
             if row.key in self.shown or row.value is None:
                 continue
             self.shown.add(row.key)
             if row.rank == 0:  # no place on an axis of log2(rank)
-                self.run.summary[f"base/{_curve_of(row)}"] = row.value
+                self.run.summary[f"base/{names[row.key]}"] = row.value
             else:
-                by_rank[row.rank][f"eval/{_curve_of(row)}/{row.rule}"] = row.value
+                by_rank[row.rank][f"eval/{names[row.key]}/{row.rule}"] = row.value
         for rank, values in sorted(by_rank.items()):
             self.run.log({"eval/rank": rank, **values})
 
@@ -164,9 +181,10 @@ class WandbTracker(Tracker):
 def aurac_summary(rows: Sequence[Row]) -> dict[str, float]:
     """`aurac/<curve>/<rule>` -> AURAC in the unit of the rows, over the ranks measured."""
     curves: defaultdict[str, dict[int, float | None]] = defaultdict(dict)
+    names = _curves_of(rows)
     for row in rows:
         if row.rank > 0:
-            curves[f"{_curve_of(row)}/{row.rule}"][row.rank] = row.value
+            curves[f"{names[row.key]}/{row.rule}"][row.rank] = row.value
     summary: dict[str, float] = {}
     for name, values in curves.items():
         points = sorted(values.items())
@@ -179,19 +197,13 @@ def aurac_summary(rows: Sequence[Row]) -> dict[str, float]:
     return summary
 
 
-def _curve_of(row: Row) -> str:
-    return curve_name(row.task, row.shots, row.metric, row.filter, row.limit)
-
-
-def _check_writable(folder: Path) -> None:
-    # W&B itself would go on silently in a temporary folder.
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"tracking=wandb: {folder} cannot be written ({error.strerror}); free it, choose "
-            "another output_dir, or set tracking=none"
-        ) from None
+def _curves_of(rows: Sequence[Row]) -> dict[RowKey, str]:
+    """The name of the curve that each row belongs to."""
+    names = test_sets(rows)
+    return {
+        row.key: curve_name(
+            *(row.task, row.shots, row.metric, row.filter, row.limit),
+            names[row.task, row.shots, row.limit, row.fingerprint],
+        )
+        for row in rows
+    }

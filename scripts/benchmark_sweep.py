@@ -67,7 +67,7 @@ from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs, Point, Request
-from matryoshka_lora.evaluation.own_tasks import load_own_and_harness_tasks
+from matryoshka_lora.evaluation.own_tasks import flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.prefetch import answers_of
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.sweep import run_sweep
@@ -374,7 +374,7 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         config = build_config(node)
         accelerator = make_accelerator()
         ceiling = matmul_rate(accelerator.device, DTYPES[config.model.dtype])
-        tasks = load_own_and_harness_tasks(config, accelerator)
+        tasks = flat(load_own_and_harness_tasks(config, accelerator))
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
         load_adapter(files.adapter, model)

@@ -76,7 +76,9 @@ def estimate(todo: Iterable[Run], output: Path, slots: int) -> float | None:
         except ValueError as error:  # of a run that is planned it would have been raised before
             logger.warning("%s", error)
             continue
-        if record.training and all(record.device.get(k) == here[k] for k in ("kind", "name")):
+        if record.training and all(
+            record.training_device.get(k) == here[k] for k in ("kind", "name")
+        ):
             known.append(record)
     total = 0.0
     for run in todo:

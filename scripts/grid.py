@@ -33,9 +33,11 @@ from matryoshka_lora.config import (
 )
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import Inputs, prepare
-from matryoshka_lora.runs.folder import RunFolder, run_path
-from matryoshka_lora.runs.progress import finished_record
+from matryoshka_lora.runs.earlier import find_run
+from matryoshka_lora.runs.folder import RunFolder
+from matryoshka_lora.runs.progress import finished_record, has_points
 from matryoshka_lora.runs.record import Record, read_record
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -66,11 +68,13 @@ class Run:
 
     def finished(self) -> Record | None:
         """The record, if nothing of the run is missing. Raises ValueError if it is corrupt."""
-        if self._record is None and self.inputs is not None:
-            self._record = finished_record(self.config, RunFolder(self.inputs.folder))
-            if self._record is None and self.published is not None:
-                measured = set((self.published.evaluation or {}).get("finished", ()))
-                if measured.issuperset(wanted_points(self.config)):
+        if self._record is None and self.inputs is not None and not self.config.force:
+            folder = RunFolder(self.inputs.folder)
+            if folder.record.exists() or self.published is not None:
+                fingerprints = self.inputs.fingerprints | _task_fingerprints(self.config)
+                wanted = wanted_points(self.config, fingerprints)
+                self._record = finished_record(folder, wanted)
+                if self._record is None and self.published and has_points(self.published, wanted):
                     self._record = self.published
         return self._record
 
@@ -371,7 +375,20 @@ class Planner:
                 return None
         inputs = self._inputs[shared]
         hash8 = run_hash(config, inputs.model, inputs.data["fingerprint"])
-        return dataclasses.replace(inputs, run_hash=hash8, folder=run_path(config, hash8))
+        place = find_run(config, inputs.model, inputs.data["fingerprint"])
+        return dataclasses.replace(inputs, run_hash=hash8, place=place)
+
+
+_FINGERPRINTS: dict[str, dict[str, str]] = {}
+
+
+def _task_fingerprints(config: Config) -> dict[str, str]:
+    """`fingerprints_of` the tasks of a config, loaded once for all runs that share them."""
+    key = json.dumps([dataclasses.asdict(config.model), dataclasses.asdict(config.eval)])
+    key += config.output_dir
+    if key not in _FINGERPRINTS:
+        _FINGERPRINTS[key] = fingerprints_of(load_own_and_harness_tasks(config))
+    return _FINGERPRINTS[key]
 
 
 def table_name(options: Options, default: str) -> str:

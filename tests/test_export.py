@@ -40,10 +40,10 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.identity import model_identity
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.methods.base import single
-from matryoshka_lora.models import model_identity
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
@@ -99,9 +99,6 @@ def make_run(
         name=f"{method}-r{RANK}-{scaling}",
         config=dataclasses.asdict(config),
         run_hash="01234567",
-        git=None,
-        versions={},
-        device={},
         model=identity,
         data={},
         training={"steps": 1},
@@ -468,9 +465,12 @@ def test_hub_model_is_read_at_the_recorded_revision(
     run: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = read_run(run)
-    trained.record.model["revision"] = "0123abc"
-    check_base(trained)  # a local folder in place of the hub's model
-    assert f"taking {base} for a copy" in caplog.text
+    trained.record.model |= {"revision": "0123abc", "config_sha256": None}
+    check_base(trained)  # a local folder in place of the hub's model, whose weights it has
+    assert not caplog.text
+    del trained.record.model["weights"]  # as in records of an older version
+    check_base(trained)
+    assert f"taking {base} for the base" in caplog.text
     trained.config.model.path = None
     check_base(trained)
     assert trained.config.model.revision == "0123abc"
@@ -482,7 +482,7 @@ def test_another_base_model_is_refused(tmp_path: Path, base: Path, run: Path) ->
     model.model.embed_tokens.weight.data += 1
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"not the one that .*weights_sha256"):
+    with pytest.raises(ValueError, match=r"not the one that .*weights is"):
         export_merged(read_run(run, str(other)), 2, "prefix", tmp_path / "out")
 
 

@@ -1,14 +1,17 @@
 """The methods' diagonals and draws."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from matryoshka_lora.config import Config, adapter_spec_of, build_method
+from matryoshka_lora.config import Config, adapter_spec_of, build_method, run_hash
 from matryoshka_lora.core.diagonals import matryoshka_diagonal, prefix_diagonal
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import AdapterView, evaluated_as, read
 from matryoshka_lora.methods import METHODS, Method
+from matryoshka_lora.methods.base import single
 
 
 def config_of(name: str, rank: int = 8, **method) -> Config:
@@ -160,3 +163,15 @@ def test_rules_that_are_one_function_share_a_point():
     config.adapter.scaling = "rank"
     view = AdapterView(adapter_spec_of(config))
     assert torch.equal(read(view, 4, "trained").p, prefix_diagonal(4, 8, "rank"))
+
+
+def test_an_edited_diagonal_is_another_run(monkeypatch):
+    config = config_of("lora")
+    before = run_hash(config, {"name": "m"}, "data")
+    info = METHODS["lora"]
+
+    def edited(shape, settings):
+        return single(0.7 * info.build(shape, settings).p_full)
+
+    monkeypatch.setitem(METHODS, "lora", dataclasses.replace(info, build=edited))
+    assert run_hash(config, {"name": "m"}, "data") != before

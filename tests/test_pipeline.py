@@ -206,10 +206,10 @@ def test_a_run_that_is_not_trained_or_has_another_base_is_not_read(tmp_path):
         evaluate_run(tmp_path, config)
     record = run(config)
     folder = RunFolder(tmp_path / "runs" / record.name)
-    record.model["weights_sha256"] = "0" * 64
+    record.model["weights"] = "0" * 64
     write_record(folder.record, record)
     for read in (load_run, lambda path: evaluate_run(path, config)):
-        with pytest.raises(ValueError, match="not the one that .*weights_sha256 is .* says 0000"):
+        with pytest.raises(ValueError, match="not the one that .*weights is .* says 0000"):
             read(folder.path)
     folder.adapter.unlink()
     for read in (load_run, read_run, lambda path: evaluate_run(path, config)):

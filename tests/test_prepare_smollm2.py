@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora.config import LLAMA_TARGETS, ModelConfig
-from matryoshka_lora.models import model_identity
+from matryoshka_lora.identity import model_identity
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 regex = pytest.importorskip("regex")

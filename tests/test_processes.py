@@ -43,7 +43,7 @@ def test_two_processes_equal_one(tmp_path, method):
     train(tmp_path / "one", *options)
     ((path, two),) = records(tmp_path / "two").items()
     ((reference, one),) = records(tmp_path / "one").items()
-    assert (two.device["processes"], one.device["processes"]) == (2, 1)
+    assert tuple(r.training_device["processes"] for r in (two, one)) == (2, 1)
     np.testing.assert_allclose(losses(path.parent), losses(reference.parent), rtol=1e-5)
     ours, theirs = (
         torch.cat([t.flatten() for t in load_file(p.parent / "adapter.safetensors").values()])

@@ -11,7 +11,7 @@ from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.evaluation.rows import Row, decode_scores, encode_scores, merge_rows
 from matryoshka_lora.runs import provenance
 from matryoshka_lora.runs import record as records
-from matryoshka_lora.runs.provenance import environment, git_state
+from matryoshka_lora.runs.provenance import environment, git_state, new_phase
 from matryoshka_lora.runs.record import (
     Record,
     find_records,
@@ -31,12 +31,17 @@ def record(**changes):
         name="arithmetic/tiny/lora-r8-none/lr0.001-seed42-00000000",
         config={"seed": 42, "adapter": {"rank": 8, "train_ranks": None}},
         run_hash="00000000",
-        git={"sha": "abc", "dirty": False},
-        versions={"python": "3.12.0"},
-        device={"name": "cpu", "count": 1},
         model={"name": "tiny"},
         data={"fingerprint": "f00", "used": 10, "truncated": 0, "fully_masked": 0},
         training={"steps": 3, "loss": 1.25, "peak_memory_gib": None},
+        phases=[
+            {
+                "phase": "training",
+                "git": {"sha": "abc", "dirty": False},
+                "versions": {"python": "3.12.0"},
+                "device": {"name": "cpu", "count": 1},
+            }
+        ],
         rows=[
             row(0, "base", 0.25, scores="0010"),
             row(1, scores="0101", trained_rank=True),
@@ -71,16 +76,24 @@ def test_whole_numbers_stay_whole(tmp_path):
     assert path.read_text() == text and '"value": 1, "stderr": 0, ' in text
 
 
-def test_committed_records_are_written_as_they_were_read(tmp_path):
+def test_records_of_an_older_version_are_upgraded_and_lose_nothing(tmp_path):
     paths = find_records(ROOT / "results" / "records", "*.json")
     assert paths
     for path in paths:
+        old = json.loads(path.read_text())
         write_record(tmp_path / "record.json", read_record(path))
-        assert (tmp_path / "record.json").read_bytes() == path.read_bytes(), path
+        assert read_record(tmp_path / "record.json") == read_record(path)
+        new = json.loads((tmp_path / "record.json").read_text())
+        assert (old.pop("schema"), new.pop("schema")) == (1, 2)
+        (phase,) = new.pop("phases")
+        assert phase == {"phase": "all", **{k: old.pop(k) for k in ("git", "versions", "device")}}
+        assert [row.pop("fingerprint") for row in new["rows"]] == [None] * len(old["rows"])
+        # The numbers are the same texts, too: a 1 has not become a 1.0.
+        assert json.dumps(new) == json.dumps(old), path
 
 
 def test_a_new_record_without_rows(tmp_path):
-    fresh = record(status="training", training=None, git=None, rows=[])
+    fresh = record(status="training", training=None, phases=[], rows=[])
     write_record(tmp_path / "record.json", fresh)
     assert read_record(tmp_path / "record.json") == fresh
 
@@ -102,10 +115,12 @@ def documented():
     [
         (lambda d: d.pop("run_hash"), "field 'run_hash' is missing"),
         (lambda d: d.update(extra=1), "unknown field 'extra'"),
-        (lambda d: d.update(schema=99), "field 'schema': this version reads 1, got 99"),
+        (lambda d: d.update(schema=99), "field 'schema': this version reads 2, got 99"),
         (lambda d: d.pop("schema"), "field 'schema' is missing"),
         (lambda d: d.update(status="done"), "field 'status'.*finished.*got 'done'"),
         (lambda d: d.update(config=[]), "field 'config'"),
+        (lambda d: d.update(schema=1), "field 'git' is missing"),
+        (lambda d: d.update(phases=[{}]), r"field 'phases\[0\]' lacks 'phase' or 'device'"),
         (lambda d: d.update(rows={}), "field 'rows'"),
         (lambda d: d["rows"].append(3), r"field 'rows\[5\]'"),
         (lambda d: d["rows"][1].pop("stderr"), r"field 'rows\[1\].stderr' is missing"),
@@ -164,7 +179,7 @@ def test_not_a_record_at_all(tmp_path, content):
         ({"rows": [row(value=float("nan"))]}, r"rows\[0\].value"),
         ({"rows": [row(stderr=float("inf"))]}, r"rows\[0\].stderr"),
         ({"training": {"loss": float("nan")}}, "field 'training'"),
-        ({"device": {"name": object()}}, "field 'device'"),
+        ({"model": {"name": object()}}, "field 'model'"),
         ({"rows": [row(), row()]}, "repeats"),
         ({"status": "done"}, "status"),
     ],
@@ -264,8 +279,11 @@ def test_environment_can_be_recorded(tmp_path):
     facts = environment()
     assert facts["versions"]["python"] and facts["versions"]["torch"]
     assert facts["device"]["count"] >= 1 and facts["device"]["cpu_threads"] >= 1
-    write_record(tmp_path / "record.json", record(**facts))
-    assert read_record(tmp_path / "record.json").device == facts["device"]
+    phase = new_phase("training", 2)
+    write_record(tmp_path / "record.json", record(phases=[phase]))
+    found = read_record(tmp_path / "record.json")
+    assert found.phases == [phase]
+    assert found.training_device == facts["device"] | {"processes": 2}
 
 
 @pytest.fixture

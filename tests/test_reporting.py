@@ -53,7 +53,7 @@ def row(rank, value, rule="prefix", metric="exact_match", **changes):
 def record(rows, status="finished", error=None, settings=None, **changes):
     settings = settings or config(**changes)
     name = f"{settings['method']['name']}-r{settings['adapter']['rank']}-seed{settings['seed']}"
-    return Record(status, name, settings, "0" * 8, None, {}, {}, {}, {}, error=error, rows=rows)
+    return Record(status, name, settings, "0" * 8, {}, {}, error=error, rows=rows)
 
 
 def curve(values, **changes):

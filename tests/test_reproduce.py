@@ -18,6 +18,7 @@ from test_launcher import environment, write_fake_slurm
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line, parse_options
 from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.evaluation.own_tasks import fingerprints_of, load_own_and_harness_tasks
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.reporting import write_report
 from matryoshka_lora.runs.record import Record, Row, find_records, read_record, write_record
@@ -58,6 +59,8 @@ def trained(monkeypatch):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = build_config(compose("train", list(job.overrides)))
         inputs = prepare(config)
+        tasks = fingerprints_of(load_own_and_harness_tasks(config))
+        fingerprints = inputs.fingerprints | tasks
         errors = [fails[text] for text in job.overrides if text in fails]
         loss = abs(math.log(config.trainer.lr / 3e-4))
         rule = (config.eval.rules or ["svd"])[0]
@@ -71,13 +74,11 @@ def trained(monkeypatch):
             name=str(inputs.folder.relative_to(Path(config.output_dir) / "runs")),
             config=dataclasses.asdict(config),
             run_hash=inputs.run_hash,
-            git=None,
-            versions={},
-            device={"kind": "cpu", "name": "this one"},
+            phases=[{"phase": "training", "device": {"kind": "cpu", "name": "this one"}}],
             model=inputs.model,
             data=inputs.data,
             training={"seconds": 60.0, "steps": 3},
-            evaluation={"seconds": 30.0, "finished": wanted_points(config)},
+            evaluation={"seconds": 30.0, "finished": wanted_points(config, fingerprints)},
             error=errors[0] if errors else None,
             rows=[] if errors else rows,
         )

@@ -295,11 +295,11 @@ def test_equals_the_harness_command_line(
 def test_rows_and_lines(data: Path, tmp_path: Path, plan: Plan) -> None:
     engine, told = FakeEngine(), []
     rows = sweep(
-        data, tmp_path, engine, plan, on_point=lambda task, point, of: told.append((point, of))
+        data, tmp_path, engine, plan, on_point=lambda task, point, of, new: told.append((point, of))
     )
     documents = 7
     assert len({row.key for row in rows}) == len(rows) == 2 * 3 * len(plan.readings)
-    assert next(r for r in rows if r.task == "gsm8k").key[3:] == (
+    assert next(r for r in rows if r.task == "gsm8k").key[3:-1] == (
         *("strict-match", 0, "base", "exact_match"),
     )
     for row in rows:
@@ -309,7 +309,7 @@ def test_rows_and_lines(data: Path, tmp_path: Path, plan: Plan) -> None:
     assert {(r.rank, r.rule, r.same_as) for r in same} == {(4, "svd", "trained@4")}
     twin = {r.key: r for r in rows}
     for row in same:
-        other = twin[(*row.key[:4], 4, "trained", row.metric)]
+        other = twin[(*row.key[:4], 4, "trained", *row.key[6:])]
         assert (other.value, other.stderr, other.scores) == (row.value, row.stderr, row.scores)
     # Each point of each task is told once, with its rows; the first is the main metric.
     assert Counter(point for point, _ in told) == dict.fromkeys(plan.points, 2)
@@ -483,7 +483,7 @@ def test_rows_of_a_group_come_when_its_last_task_is_complete(data: Path, tmp_pat
         tasks = load_tasks([("mmlu_humanities", 0)], data_path=folder)
         rows = run_sweep(
             *(model, tokenizer, tasks, plan, engine, tmp_path / "samples"),
-            on_point=lambda source, point, of: told.append((source.name, point, of)),
+            on_point=lambda source, point, of, new: told.append((source.name, point, of)),
         )
         return rows, told
 
@@ -584,7 +584,7 @@ def test_engine_is_closed_before_the_factors_go_back(data: Path, tmp_path: Path)
             finally:
                 seen.append(layer.lora_A.data_ptr() == trained)
 
-    def interrupt(task, point, rows):
+    def interrupt(task, point, rows, computed):
         if point.factors == "svd":
             raise KeyboardInterrupt
 

@@ -189,8 +189,10 @@ def test_prompts_are_the_same_each_time_and_for_any_limit(data: Path) -> None:
     assert [r.context for r in short.requests(lm)] == contexts[0][:8]
     assert short.documents == 4
     assert tasks[0].documents == 7
-    assert [short.fingerprint(d) for d in range(4)] == [tasks[0].fingerprint(d) for d in range(4)]
-    assert tasks[0].fingerprint(0) != tasks[2].fingerprint(0) != tasks[0].fingerprint(1)
+    assert [short.document_fingerprint(d) for d in range(4)] == [
+        tasks[0].document_fingerprint(d) for d in range(4)
+    ]
+    assert tasks[0].document_fingerprint(0) != tasks[2].document_fingerprint(0)
 
 
 @pytest.mark.parametrize("name", list(YAML))

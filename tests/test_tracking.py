@@ -57,7 +57,7 @@ def sweep_rows() -> list[Row]:
 
 
 def record_of(rows: list[Row]) -> Record:
-    return Record("finished", "name", {}, HASH, None, {}, {}, {}, {}, rows=rows)
+    return Record("finished", "name", {}, HASH, {}, {}, rows=rows)
 
 
 class RunFile:

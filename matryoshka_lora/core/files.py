@@ -1,7 +1,25 @@
 """Writing files so that no reader ever sees half of one."""
 
 import os
+import tempfile
 from pathlib import Path
+
+from matryoshka_lora.core.errors import UserError
+
+
+def check_writable(folder: Path, setting: str, advice: str) -> None:
+    """Raises UserError unless `folder` is, or can be made, a folder that can be written.
+
+    setting: what named the folder; advice: what to do instead.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting}: {folder} cannot be written ({error.strerror}); {advice}"
+        ) from None
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

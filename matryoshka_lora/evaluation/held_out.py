@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
+from matryoshka_lora.config import VALIDATION
 from matryoshka_lora.core.adapter import use_factors
 from matryoshka_lora.core.rules import FACTOR_SETS
 from matryoshka_lora.data.examples import Example
@@ -16,8 +17,6 @@ from matryoshka_lora.evaluation.readings import Plan
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.ops.attention import packed_attention
 
-TASK = "validation"
-"""What the rows call the held-out records."""
 BATCH = 32
 """Examples of one forward."""
 
@@ -29,12 +28,13 @@ def held_out_rows(
     plan: Plan,
     packed: bool,
     accelerator: Accelerator,
+    fingerprint: str,
 ) -> list[Row]:
     """Loss in nats a label token on `examples`, a row for each reading of `plan`.
 
-    packed: forwards over packed rows, as in training. Every process gets all rows. Each takes its
-    share of the examples; where the base is sharded all must run the same forwards, and each takes
-    all of them.
+    packed: forwards over packed rows, as in training. fingerprint: of the records. Every
+    process gets all rows. Each takes its share of the examples; where the base is sharded all must
+    run the same forwards, and each takes all of them.
     """
     labels = sum(example.labels for example in examples)
     batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
@@ -52,7 +52,7 @@ def held_out_rows(
     losses = (total / labels).tolist()
     return [
         Row(
-            task=TASK,
+            task=VALIDATION,
             shots=0,
             limit=None,
             filter=None,
@@ -60,6 +60,7 @@ def held_out_rows(
             value=loss,
             stderr=None,
             n=len(examples),
+            fingerprint=fingerprint,
             **reading,
         )
         for point, loss in zip(plan.points, losses, strict=True)

@@ -5,6 +5,7 @@ Imports nothing heavy: reports read rows without torch, transformers or lm-eval.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
@@ -13,7 +14,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-RowKey = tuple[str, int, int | None, str | None, int, str, str]
+RowKey = tuple[str, int, int | None, str | None, int, str, str, str | None]
 
 Key = tuple[str | None, str]
 """(answer filter, metric); the harness's filter "none" is None here."""
@@ -37,6 +38,8 @@ class Row:
     trained_rank: False where the rank lies outside S, the sub-ranks of training; None where S has
         no meaning (base model, svd).
     scores: the per-document values in doc_id order, see `encode_scores`; None if not kept.
+    fingerprint: of the documents, of the task's definition and of how the base generates; rows of
+        two fingerprints are of two test sets. None in records that do not hold it.
     """
 
     task: str
@@ -52,11 +55,15 @@ class Row:
     same_as: str | None = None
     trained_rank: bool | None = None
     scores: str | list[float] | None = None
+    fingerprint: str | None = None
 
     @property
     def key(self) -> RowKey:
         """What makes two rows the same measurement."""
-        return (self.task, self.shots, self.limit, self.filter, self.rank, self.rule, self.metric)
+        return (
+            *(self.task, self.shots, self.limit, self.filter),
+            *(self.rank, self.rule, self.metric, self.fingerprint),
+        )
 
 
 class ReadingFields(TypedDict):
@@ -102,6 +109,8 @@ class Scored(Protocol):
     def shots(self) -> int: ...
     @property
     def limit(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class ScoredTask(Scored, Protocol):
@@ -217,10 +226,24 @@ def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     def order(row: Row) -> tuple[Any, ...]:
         rule = place.get(row.rule, len(place))
         limit = -1 if row.limit is None else row.limit
-        return (row.task, row.shots, limit, row.metric, row.filter or "", rule, row.rule, row.rank)
+        last = (rule, row.rule, row.rank, row.fingerprint or "")
+        return (row.task, row.shots, limit, row.metric, row.filter or "", *last)
 
     merged = {row.key: row for row in (*old, *new)}
     return sorted(merged.values(), key=order)
+
+
+def test_sets(rows: Iterable[Row]) -> dict[tuple[str, int, int | None, str | None], str | None]:
+    """(task, shots, limit, fingerprint) -> its test set's name; None for the only one.
+
+    rows: of one base model. No curve, mean or area may be over rows of two test sets.
+    """
+    keys = {(row.task, row.shots, row.limit, row.fingerprint) for row in rows}
+    counts = Counter(key[:3] for key in keys)
+    return {
+        key: None if counts[key[:3]] == 1 else f"test set {key[3] or 'of an older record'}"
+        for key in keys
+    }
 
 
 def _aggregates(
@@ -267,6 +290,7 @@ def _rows(
             stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
             n=aggregate.n,
             scores=scores,
+            fingerprint=source.fingerprint,
             **reading,
         )
         for reading in readings

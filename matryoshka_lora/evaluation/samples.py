@@ -31,7 +31,8 @@ class Sample:
     rule: str
     doc_id: int
     hash: str
-    """Of all that the scores depend on: the document, its prompts, the adapter."""
+    """Of all that the scores depend on: the document, its prompts, the task's filters, how the base
+    generates, the adapter."""
     outputs: list[Any]
     """Of each request: the text, or [log-likelihood in nats, whether it is greedy]."""
     score: Score
@@ -124,7 +125,9 @@ class Samples:
     def __init__(self, folder: Path, task: EvalTask, identity: str) -> None:
         self.task = task
         self.path = samples_path(folder, task)
-        self._hashes = [f"{task.fingerprint(doc)}{identity}" for doc in range(task.documents)]
+        self._hashes = [
+            f"{task.document_fingerprint(doc)}{identity}" for doc in range(task.documents)
+        ]
         self._scores: dict[tuple[int, str], dict[int, Score]] = {}
         if self.path.exists():
             self._read()

@@ -40,7 +40,8 @@ GATHER_EVERY = 512
 
 Source = EvalTask | TaskGroup
 """What rows are of."""
-OnPoint = Callable[[Source, Point, list[Row]], None]
+OnPoint = Callable[[Source, Point, list[Row], bool], None]
+"""The last: whether any of its documents was answered just now."""
 
 
 def run_sweep(
@@ -67,7 +68,7 @@ def run_sweep(
     everything, as a sharded model needs. The rows do not depend on either.
     on_point: called on the main process with the rows of a task at a point when all its documents
     are there, and with those of a group when all its tasks are complete at that point. Each row
-    that is returned goes through it once.
+    that is returned goes through it once. Its last argument says whether anything was asked for it.
 
     Python's, numpy's and torch's random states and the mode of the model are left as they were.
     Raises UserError for a samples file that is damaged.
@@ -85,7 +86,7 @@ def run_sweep(
         for store in stores:
             for point in plan.points:
                 if not store.missing(point):
-                    complete.add(store, point)
+                    complete.add(store, point, answered=False)
         for factors in FACTOR_SETS:
             wanted = [
                 {p: docs for p, docs in of_task.items() if docs and p.factors == factors}
@@ -124,15 +125,17 @@ class _CompletePoints:
                 self._members.setdefault(group, []).append(store)
             self._sources.append(store.task)
 
-    def add(self, store: Samples, point: Point) -> None:
+    def add(self, store: Samples, point: Point, *, answered: bool) -> None:
         """Make the rows of a task at a point, and those of the groups that this completes."""
         readings = self._plan.readings_of(point)
-        self._tell(store.task, point, task_rows(store.task, store.scores(point), readings))
+        self._tell(
+            store.task, point, task_rows(store.task, store.scores(point), readings), answered
+        )
         for group in store.task.groups:
             members = self._members[group]
             if all((member.task, point) in self._rows for member in members):
                 scores = [(member.task, member.scores(point)) for member in members]
-                self._tell(group, point, group_rows(group, scores, readings))
+                self._tell(group, point, group_rows(group, scores, readings), answered)
 
     def rows(self) -> list[Row]:
         """All rows: each group before its tasks, and each source's in the order of the plan."""
@@ -143,10 +146,10 @@ class _CompletePoints:
             for row in self._rows[(source, point)]
         ]
 
-    def _tell(self, source: Source, point: Point, rows: list[Row]) -> None:
+    def _tell(self, source: Source, point: Point, rows: list[Row], answered: bool) -> None:
         self._rows[(source, point)] = rows
         if self._on_point is not None:
-            self._on_point(source, point, rows)
+            self._on_point(source, point, rows, answered)
 
 
 def _keep(
@@ -162,7 +165,7 @@ def _keep(
             append(point, doc_id, outputs)
             left[point] -= 1
             if not left[point]:
-                complete.add(store, point)
+                complete.add(store, point, answered=True)
 
 
 def _answer(

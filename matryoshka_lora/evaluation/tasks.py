@@ -5,11 +5,14 @@ pieces are called here one document at a time, so that answers may arrive in any
 are those that `lm_eval.evaluate()` gives for the same answers (tested).
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,13 @@ class TaskGroup:
     limit: int | None
     """Of each member, as in `EvalTask`."""
     harness: Group
+    members: list["EvalTask"] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """As of an `EvalTask`."""
+        weights = [vars(metric) for metric in self.harness.aggregate_metric_list or []]
+        return _digest([self.name, weights, [member.fingerprint for member in self.members]])
 
     def aggregate(self, members: Mapping[str, Mapping[Key, Aggregate]]) -> dict[Key, Aggregate]:
         """The group's own metrics from those of its members, weighted as the group's YAML says."""
@@ -92,6 +102,7 @@ class EvalTask:
         limit: int | None,
         seed: int,
         groups: tuple[TaskGroup, ...],
+        generation: str = "",
     ) -> None:
         self.name: str = task.task_name
         self.shots = shots
@@ -103,6 +114,7 @@ class EvalTask:
         """Documents of which a prompt lost its beginning; None until there are requests."""
         self._task = task
         self._seed = seed
+        self._generation = generation
         self._instances: list[list[Instance]] = []
         self._documents: list[DocumentRequests] = []
         self._lm: HFLM | None = None
@@ -112,6 +124,22 @@ class EvalTask:
         """How many documents are evaluated."""
         total = len(self._task.task_docs)
         return total if self.limit is None else min(self.limit, total)
+
+    @functools.cached_property
+    def definition(self) -> str:
+        """Changes with the prompt, the shots, the filters, the metrics, how the base generates."""
+        return _digest([self._task.dump_config(), self.shots, self._seed, self._generation])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that the rows depend on, adapter and base model aside.
+
+        That is the definition, the documents and those that the shots are drawn from. It needs no
+        prompts and no tokenizer.
+        """
+        documents = islice(self._task.task_docs, self.documents)
+        shown = self._task.sampler.df if self.shots else ()
+        return _digest([self.name, self.definition, [*documents], [*shown]])
 
     def requests(self, lm: HFLM) -> list[Request]:
         """All requests, document after document, tokenised and truncated as `lm` itself does it.
@@ -141,15 +169,14 @@ class EvalTask:
         """The requests of one document, in the order in which `score` wants their outputs."""
         return self._documents[doc_id].requests
 
-    def fingerprint(self, doc_id: int) -> str:
+    def document_fingerprint(self, doc_id: int) -> str:
         """Changes with anything that the scores of this document depend on, the model aside."""
         document, doc = self._documents[doc_id], self._instances[doc_id][0].doc
         asked = [
             [r.kind, r.context, r.target, r.until, r.max_new_tokens] for r in document.requests
         ]
         target = self._task.doc_to_target(doc)
-        content = [self.name, str(self.version), asked, target, document.gold]
-        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+        return _digest([self.name, self.definition, asked, target, document.gold])
 
     def score(self, doc_id: int, outputs: Sequence[Output]) -> Score:
         """Run one document's outputs through the task's filters and `process_results`."""
@@ -212,13 +239,15 @@ def load_tasks(
     data_path: Path | None = None,
     limit: int | None = None,
     seed: int = FEWSHOT_SEED,
+    generation: str = "",
 ) -> list[EvalTask]:
     """The tasks named in `specs`, each as (name, shots); a group stands for its members.
 
     data_path: a folder that holds the split files (train, test, validation or dev, as .jsonl, .json
     or .parquet) or a subfolder of them per task (`gsm8k/`, `mmlu/<subject>/`), read in place of the
     hub; documents have the schema of the hub's data set. limit: only the first documents of each
-    task. Raises UserError for anything that is wrong with names, shots, limit, folder or files.
+    task. generation: a digest of how the base model generates, part of every fingerprint. Raises
+    UserError for anything that is wrong with names, shots, limit, folder or files.
     """
     if limit is not None and (type(limit) is not int or limit < 1):
         raise UserError(f"limit {limit!r} is not a positive number of documents; null means all")
@@ -229,7 +258,7 @@ def load_tasks(
     for name, shots in specs:
         if type(shots) is not int or shots < 0:
             raise UserError(f"task {name}: shots must be 0 or more, got {shots!r}")
-        loaded += _load(definition(name), shots, data_path, limit, seed, ())
+        loaded += _load(definition(name), shots, data_path, limit, seed, (), generation)
     if not loaded:
         raise UserError("no evaluation task is given; name at least one, for example gsm8k")
     names = [(task.name, task.shots) for task in loaded]
@@ -246,11 +275,12 @@ def _load(
     limit: int | None,
     seed: int,
     groups: tuple[TaskGroup, ...],
+    generation: str,
 ) -> list[EvalTask]:
     """The tasks of a definition, with the groups among and around them."""
     if defined.members is None:
         task = make_task(dict(defined.config), shots, data_path)
-        return [EvalTask(task, shots, limit, seed, groups)]
+        return [EvalTask(task, shots, limit, seed, groups, generation)]
     group = None
     if defined.config.get("aggregate_metric_list"):
         harness = Group.from_config(GroupConfig(**defined.config))
@@ -258,10 +288,11 @@ def _load(
         groups = (*groups, group)
     loaded = []
     for member in defined.members:
-        loaded += _load(member, shots, data_path, limit, seed, groups)
+        loaded += _load(member, shots, data_path, limit, seed, groups, generation)
     if group is not None:
         for member_task in loaded:
             group.harness.add(member_task._task)
+        group.members.extend(loaded)
     return loaded
 
 
@@ -279,6 +310,22 @@ def _check_folders(tasks: Sequence[HarnessTask]) -> None:
                 f"different data sets; make a subfolder per task, for example "
                 f"{task.folder / task.task_name}"
             )
+
+
+def _digest(content: Any) -> str:
+    """16 hex digits over what JSON makes of `content`, and over the source of functions in it."""
+    text = json.dumps(content, sort_keys=True, default=_source)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(value: Any) -> str:
+    """A text that is the same in every process, which the address in a `repr` is not."""
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # built in, or an instance
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _as_json(value: Any) -> Any:

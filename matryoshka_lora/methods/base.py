@@ -1,6 +1,8 @@
 """What a training method is, and the registry that everything else asks about methods."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +108,11 @@ class Method:
                 f"method.draw={self.draw} is unknown; allowed: {', '.join(DRAWS)}"
                 f"{nearest(self.draw, DRAWS)}"
             )
+
+    def fingerprint(self) -> str:
+        """Changes with any diagonal, its odds, and how long a choice holds; not with the hooks."""
+        parts = (self.diagonals.tolist(), self.p_full.tolist(), self.ranks, self.weights, self.draw)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def choose(self, seed: int, step: int, samples: int, micro_batch: int | None) -> np.ndarray:
         """The choice of each sample of an effective batch: indices into diagonals, (samples,).

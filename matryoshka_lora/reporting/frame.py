@@ -10,7 +10,7 @@ import pandas as pd
 
 from matryoshka_lora.config import COLUMNS, read_config, variant
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.evaluation.rows import Row
+from matryoshka_lora.evaluation.rows import Row, test_sets
 from matryoshka_lora.reporting.names import method_place, place
 from matryoshka_lora.runs.record import Record
 
@@ -27,7 +27,7 @@ RUN_COLUMNS = (
     "variant",
     "problem",
 )
-ROW_COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+ROW_COLUMNS = (*(field.name for field in dataclasses.fields(Row)), "test_set")
 CONTENT = ("base", "data")
 """Keys of a variant that stand for the content of model and data, which a plan does not know."""
 
@@ -45,6 +45,8 @@ class Metric(NamedTuple):
     limit: int | None
     metric: str
     filter: str | None
+    test_set: str | None = None
+    """What to call the documents where several test sets were measured, see `rows.test_sets`."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -71,7 +73,8 @@ class Metric(NamedTuple):
     def label(self) -> str:
         name = self.metric if self.filter in (None, "none") else f"{self.metric} ({self.filter})"
         first = "" if self.limit is None else f", first {self.limit} documents"
-        return f"{self.task} {self.shots}-shot{first}, {name}"
+        which = "" if self.test_set is None else f", {self.test_set}"
+        return f"{self.task} {self.shots}-shot{first}{which}, {name}"
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -85,6 +88,7 @@ class Metric(NamedTuple):
             self.metric,
             place(self.filter, _FILTER_ORDER),
             self.filter or "",
+            self.test_set or "",
         )
 
     def text(self, shown: float) -> str:
@@ -108,8 +112,9 @@ def tidy_frame(
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
-    Those of a row (`ROW_COLUMNS`) are the fields of `Row`, all missing where a run has no rows; the
-    scores stay encoded. `value` is a float (NaN: not measured), all other columns are objects.
+    Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called, all
+    missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not
+    measured), all other columns are objects.
 
     planned: resolved configs of all runs that there should be; one that has a record is that
     record. They are taken to train on the same content as the records of the same settings.
@@ -137,8 +142,19 @@ def tidy_frame(
         run["variant"] = recorded.get(_settings(run), run["variant"])
         runs.setdefault(_key(run), (run, []))
     numbers = {group: n for n, group in enumerate(sorted({group for group, _ in runs}))}
+    by_base: dict[tuple[str, str], list[Row]] = {}
+    for run, rows in runs.values():
+        by_base.setdefault((run["model"], run["dataset"]), []).extend(rows)
+    names = {base: test_sets(rows) for base, rows in by_base.items()}
+
+    def of_row(run: Mapping[str, Any], row: Row | None) -> dict[str, Any]:
+        if row is None:
+            return {}
+        measured = (row.task, row.shots, row.limit, row.fingerprint)
+        return vars(row) | {"test_set": names[run["model"], run["dataset"]][measured]}
+
     lines = [
-        {**run, "group": numbers[key[0]], **({} if row is None else vars(row))}
+        {**run, "group": numbers[key[0]], **of_row(run, row)}
         for key, (run, rows) in sorted(runs.items(), key=lambda item: item[0])
         for row in rows or [None]  # type: ignore[list-item]
     ]

@@ -47,6 +47,16 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that works on the run; beside the folder, which may be replaced."""
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    @property
+    def replaced(self) -> Path:
+        """The folder of an older run, until the one that replaces it has begun to train."""
+        return self.path.with_name(f".{self.path.name}.replaced")
+
+    @property
     def table(self) -> Path:
         """The rank-accuracy table, without the suffix of its format."""
         return self.path / "table"

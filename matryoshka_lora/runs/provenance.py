@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,7 +27,7 @@ PACKAGES = (
 
 
 class Environment(TypedDict):
-    """The part of a record that describes where it was made."""
+    """The part of a phase that describes where it was done."""
 
     git: dict[str, Any] | None
     versions: dict[str, Any]
@@ -34,8 +35,15 @@ class Environment(TypedDict):
 
 
 def environment() -> Environment:
-    """Facts about code, packages and hardware, as the fields of the same names in `Record`."""
+    """Facts about code, packages and hardware."""
     return {"git": git_state(), "versions": package_versions(), "device": device_facts()}
+
+
+def new_phase(name: str, processes: int, **facts: Any) -> dict[str, Any]:
+    """An entry of `Record.phases`: what is done from now on, where and by which code."""
+    where = environment()
+    where["device"]["processes"] = processes
+    return {"phase": name, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **where, **facts}
 
 
 def git_state() -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.evaluation.rows import Row, RowKey, decode_scores
 from matryoshka_lora.runs.folder import RECORD
 
-SCHEMA = 1
+SCHEMA = 2
 Status = Literal["training", "evaluating", "finished", "failed"]
 
 
@@ -27,11 +27,16 @@ class Record:
     """Everything known about one run.
 
     config: the resolved config. run_hash: hash over the fields that change the adapter.
-    git: {"sha", "dirty"} of the code, None outside a checkout. versions: package -> version.
-    device: what computed it. model: identity of the base model that was really loaded.
+    model: identity of the base model that was really loaded.
     data: fingerprint and counts of used, truncated and fully masked examples.
     training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...
-    evaluation: seconds, engine, ...; None before there is any. diagnostics: anything else measured.
+    evaluation: seconds, finished, ...; None before there is any.
+    phases: who did what, in order: "training", from `first_step` on, once for each start that
+        trained; "evaluation", once for each start that computed rows, which it names, with the
+        settings and the engine; or "all" in a record of an older version, which tells of the first
+        start alone. Each with git ({"sha", "dirty"} of the code, None outside a checkout), versions
+        (package -> version) and device.
+    diagnostics: anything else measured.
     error: one line that says why the last start failed; a finished run may have one, too.
     """
 
@@ -39,16 +44,20 @@ class Record:
     name: str
     config: dict[str, Any]
     run_hash: str
-    git: dict[str, Any] | None
-    versions: dict[str, Any]
-    device: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
     training: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    phases: list[dict[str, Any]] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def training_device(self) -> dict[str, Any]:
+        """What the training ended on; empty where no phase tells."""
+        found = [phase["device"] for phase in self.phases if phase["phase"] != "evaluation"]
+        return found[-1] if found else {}
 
 
 def write_record(path: str | Path, record: Record) -> None:
@@ -87,8 +96,17 @@ def read_record(path: str | Path) -> Record:
 
 
 def find_records(folder: str | Path, pattern: str = RECORD) -> list[Path]:
-    """Paths below `folder` whose file name matches, sorted; none if the folder does not exist."""
-    return sorted(path for path in Path(folder).rglob(pattern) if path.is_file())
+    """Paths below `folder` whose file name matches, sorted; none if the folder does not exist.
+
+    What is hidden, such as a run that is being replaced, is left out.
+    """
+    folder = Path(folder)
+    return sorted(
+        path
+        for path in folder.rglob(pattern)
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def _fields(instance: Row | Record) -> dict[str, Any]:
@@ -121,6 +139,8 @@ def _parse_record(document: Any) -> Record:
         raise ValueError(f"expected an object, got {_shown(document)}")
     if "schema" not in document:
         raise ValueError("field 'schema' is missing")
+    if type(document["schema"]) is int and document["schema"] == 1:
+        document = _upgraded(document)
     if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise ValueError(
             f"field 'schema': this version reads {SCHEMA}, got {_shown(document['schema'])}"
@@ -130,6 +150,9 @@ def _parse_record(document: Any) -> Record:
         _RecordSchema.model_validate(entries)
     except ValidationError as error:
         raise ValueError(_first_problem(error)) from None
+    for index, phase in enumerate(entries["phases"]):
+        if not (isinstance(phase.get("phase"), str) and isinstance(phase.get("device"), dict)):
+            raise ValueError(f"field 'phases[{index}]' lacks 'phase' or 'device'")
     # From what was read, not from pydantic's copy, which turns a 1 into a 1.0.
     rows = [Row(**entry) for entry in entries["rows"]]
     seen: dict[RowKey, int] = {}
@@ -139,6 +162,23 @@ def _parse_record(document: Any) -> Record:
             raise ValueError(f"field 'rows[{index}]' repeats rows[{seen[row.key]}]: {row.key}")
         seen[row.key] = index
     return Record(**{**entries, "rows": rows})
+
+
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1 as one of schema 2; what is wrong with it stays wrong."""
+    first: dict[str, Any] = {}
+    for name in ("git", "versions", "device"):
+        if name not in document:
+            raise ValueError(f"field '{name}' is missing")
+        first[name] = document[name]
+    if not isinstance(first["device"], dict):
+        raise ValueError(f"field 'device': expected an object, got {_shown(first['device'])}")
+    upgraded = {name: value for name, value in document.items() if name not in first}
+    rows = document.get("rows")
+    if isinstance(rows, list):
+        rows = [row | {"fingerprint": None} if isinstance(row, dict) else row for row in rows]
+        upgraded["rows"] = rows
+    return upgraded | {"schema": 2, "phases": [{"phase": "all", **first}]}
 
 
 def _check_row(row: Row, where: str) -> None:
