@@ -256,7 +256,7 @@ def test_held_out_loss(tmp_path):
     record = run(small_config(tmp_path, dataset__validation=0.2, eval__tasks=[]))
     rows = [row for row in record.rows if row.task == "validation"]
     assert record.data["held_out"] == 20 and record.data["used"] == 80
-    assert len(rows) == 1 + 3 * 3 and all(row.n == 20 and row.value > 0 for row in rows)
+    assert len(rows) == 1 + 3 * 4 and all(row.n == 20 and row.value > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
