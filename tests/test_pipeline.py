@@ -267,12 +267,13 @@ def test_held_out_loss(tmp_path):
         ("dataset.path=/nowhere", "is not a folder"),
         ("model.path=/nowhere", "is not a folder"),
         ("eval.tasks=['gsm8kk:3']", "gsm8k"),
-        ("model.name=nobody/nothing", "set model.path=FOLDER"),
+        ("model.name=nobody/nothing trainer.lr=1e-3", "set model.path=FOLDER"),
+        ("model.name=nobody/nothing", "has no rate for model nobody/nothing; give trainer.lr"),
     ],
 )
 def test_mistakes_give_one_line_before_training(tmp_path, override, message, capsys):
     with pytest.raises(SystemExit) as end, exit_with_one_line():
-        run_here(tmp_path, override)
+        run_here(tmp_path, *override.split())
     assert end.value.code == 1
     printed = capsys.readouterr().err
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]

@@ -84,6 +84,9 @@ def test_records_of_an_older_version_are_upgraded_and_lose_nothing(tmp_path):
         write_record(tmp_path / "record.json", read_record(path))
         assert read_record(tmp_path / "record.json") == read_record(path)
         new = json.loads((tmp_path / "record.json").read_text())
+        if old["schema"] == 2:
+            assert new == old, path
+            continue
         assert (old.pop("schema"), new.pop("schema")) == (1, 2)
         (phase,) = new.pop("phases")
         assert phase == {"phase": "all", **{k: old.pop(k) for k in ("git", "versions", "device")}}
