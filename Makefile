@@ -42,7 +42,7 @@ quickstart: setup ## fine-tune the embedded model once and read it at every rank
 	$(BIN)/python train.py
 
 test: setup ## run the tests (CPU, no network, a few minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: setup ## run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu'
