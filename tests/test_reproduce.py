@@ -19,9 +19,9 @@ from hydra.errors import ConfigCompositionException
 from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
-from matryoshka_lora import config as settings_of_config
 from matryoshka_lora.cli import one_line, parse_options
 from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.config import reading as settings_of_config
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.reporting import write_report

@@ -1,0 +1,136 @@
+"""From Hydra's nodes, command lines and records to a `Config`."""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from matryoshka_lora import methods
+from matryoshka_lora.config.checks import validate
+from matryoshka_lora.config.schema import Config, method_settings, method_shape, settings_of
+from matryoshka_lora.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RATES = Path(__file__).resolve().parents[2] / "configs" / "rates.yaml"
+"""Learning rates by model, method and R, which scripts/rates.py writes."""
+
+
+def build_config(node: DictConfig) -> Config:
+    """The composed Hydra config as a checked `Config`. Raises UserError."""
+    config = typed_config(node)
+    methods.get(config.method.name)  # knows whether there is such a method
+    if config.trainer.lr is None:
+        config.trainer.lr = known_rate(config)
+    validate(config)
+    return config
+
+
+def known_rate(config: Config) -> float:
+    """The learning rate that RATES has for model, method and the nearest R, by their ratio.
+
+    Raises UserError where it has none.
+    """
+    method, rank = config.method.name, config.adapter.rank
+    known = OmegaConf.to_container(OmegaConf.load(RATES)) if RATES.is_file() else {}
+    assert isinstance(known, dict)
+    of_model = known.get(config.model.name, {})
+    rates = of_model.get(method, of_model.get("*"))
+    if rates is None:
+        what = f"method {method} on " if of_model else ""
+        raise UserError(
+            f"trainer.lr=null, but {RATES} has no rate for {what}model {config.model.name}; give "
+            "trainer.lr, such as trainer.lr=1e-3"
+        )
+    if isinstance(rates, int | float):
+        return float(rates)
+    return float(rates[min(rates, key=lambda known: abs(math.log(known / max(rank, 1))))])
+
+
+def typed_config(node: DictConfig) -> Config:
+    """The composed Hydra config as a `Config` that is not checked yet.
+
+    Raises ConfigKeyError for a key that there is not, also one that `+key=` has put into `node`.
+    """
+    # As a plain container: a merge of two nodes keeps what was added to the second.
+    content = OmegaConf.to_container(node)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+    assert isinstance(config, Config)
+    return config
+
+
+def quote_texts(overrides: Iterable[str]) -> list[str]:
+    """Hydra overrides in which a number given for a text is quoted, so that it stays as typed.
+
+    Hydra would read `output_dir=20240101_1200` as 202401011200 and `model.revision=1e5` as
+    100000.0. Whatever is no override of a setting comes back as it is.
+    """
+    texts = {key for key, found in settings_of(Config()) if found.type in (str, str | None)}
+    parser = OverridesParser.create()
+
+    def quoted(text: str) -> str:
+        if not re.fullmatch(r"[\w.+-]+", text):
+            return text
+        value = parser.parse_override(f"key={text}").value()
+        return f"'{text}'" if isinstance(value, int | float) else text  # bool is an int
+
+    found = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if equals and key.lstrip("+") in texts:
+            text = ",".join(map(quoted, text.split(",")))  # of a sweep, each
+        found.append(f"{key}{equals}{text}")
+    return found
+
+
+def check_given(config: Config, overrides: Iterable[str], *, swept: bool = False) -> None:
+    """Tell of settings among the overrides, those of a command line, that change nothing.
+
+    A setting of other methods raises UserError that names them, and any other is a warning; so is
+    that of other methods in a sweep (`swept`), where it may be meant for them. What files of
+    `configs/` set is theirs to set for all methods.
+    """
+    info, fields = methods.get(config.method.name), dict(settings_of(config))
+    own = {found.name: found for found in dataclasses.fields(info.settings)}
+    for key in dict.fromkeys(o.lstrip("+").partition("=")[0] for o in overrides):
+        section, _, name = key.rpartition(".")
+        if key not in fields:
+            continue  # a group, or Hydra's own
+        reason = fields[key].metadata["idle"](config)
+        if section == "method" and name in own:
+            settings = method_settings(config)
+            reason = own[name].metadata["idle"](method_shape(config), settings)
+        elif section == "method" and name != "name":
+            readers = [
+                other.name
+                for other in methods.METHODS.values()
+                if name in (f.name for f in dataclasses.fields(other.settings))
+            ]
+            reason = f"method={info.name} does not read it, only {', '.join(readers)}"
+            if not swept:
+                raise UserError(f"{key} is given, but {reason}; leave it out, or choose another")
+        if reason is not None:
+            logger.warning("%s is given, but changes nothing: %s", key, reason)
+
+
+def read_config(content: Mapping[str, Any], source: str) -> Config:
+    """The config that a record holds, not checked again.
+
+    Settings that came later have their defaults. Raises UserError naming `source` for settings
+    that this version does not know or whose values have another type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"{source}: its config is not one of this version: {str(error).splitlines()[0]}"
+        ) from None
+    assert isinstance(config, Config)
+    return config
