@@ -71,6 +71,24 @@ def test_a_batch_that_two_processes_cannot_make(tmp_path):
     assert "cannot be made of 2 process(es); process counts that fit: [1, 7]" in done.stderr
 
 
+def both_print_equal(tmp_path, program):
+    """Run `program` on two gloo processes, with tests/ and `tmp_path` as arguments."""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
+
+
 SHARDED = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -158,20 +176,7 @@ print("equal")
 @pytest.mark.slow
 def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
     """FSDP2 with two gloo processes; NCCL and accelerate's own launch need GPUs."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
+    both_print_equal(tmp_path, SHARDED)
 
 
 RESUMED = """
@@ -214,17 +219,4 @@ print("equal")
 
 @pytest.mark.slow
 def test_every_method_resumes_bit_for_bit_on_two_processes(tmp_path):
-    script = tmp_path / "resumed.py"
-    script.write_text(RESUMED)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
+    both_print_equal(tmp_path, RESUMED)
