@@ -293,6 +293,8 @@ OTHER_VALUES = {
     "method.draw": "sample",
     "method.weights": [6.0, 1, 1, 1, 1, 1],
     "method.decay": 0.5,
+    "method.weights_end": [6.0, 1, 1, 1, 1, 1],
+    "method.adam_beta2": 0.9,
     "method.warmup": 0.2,
     "method.settle": 0.2,
     "method.beta1": 0.9,

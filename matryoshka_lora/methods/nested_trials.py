@@ -52,8 +52,8 @@ class Settings(NestedSettings):
 def nested_trials(shape: AdapterShape, settings: Settings) -> Method:
     """`nested_matryoshka`, changed as the settings say. Raises UserError for wrong ones."""
     for name, least, most in (
-        *((name, 0.0, 1.0) for name in ("weights_hold", "average", "lora_share")),
-        *(("hold", 0.0, 0.99), ("adam_beta2", 0.0, 0.99999), ("b_ratio", 1e-3, 1e3)),
+        *((name, 0.0, 1.0) for name in ("weights_hold", "hold", "average", "lora_share")),
+        *(("adam_beta2", 0.0, 0.99999), ("b_ratio", 1e-3, 1e3)),
         *((name, -4.0, 4.0) for name in ("row_rate_a", "row_rate_b")),
         *(("warm_steps", 0, 10**6), ("gradient_start", 0, 10**6), ("high_decay", 0.0, 1e3)),
     ):
@@ -122,7 +122,8 @@ class Trials(Hooks):
         """What the loop's rate, 1 - step / steps of the peak, is multiplied by."""
         s, wanted = self.settings, 1.0
         if s.hold:
-            wanted = min(1.0, (1 - step / self.steps) / (1 - s.hold)) / (1 - step / self.steps)
+            left = 1 - step / self.steps
+            wanted = 1 / max(left, 1 - s.hold)
         since = step - self.start_steps * (step >= self.start_steps)
         return wanted * min(1.0, (since + 1) / (s.warm_steps + 1))
 
@@ -178,6 +179,7 @@ class Trials(Hooks):
             torch._foreach_copy_(self.before, self.tensors)
         if self._looks(step):
             for seen, parameter in zip(self.seen, self.parameters.values(), strict=True):
+                assert parameter.grad is not None
                 seen += parameter.grad
         elif self.settings.clip_blocks is not None:
             self._clip_blocks(self.settings.clip_blocks)
