@@ -24,6 +24,8 @@ from matryoshka_lora.config import (
     build_config,
     check_given,
     quote_texts,
+    read_config,
+    recorded,
     run_hash,
     typed_config,
     variant,
@@ -328,6 +330,13 @@ def changed(config, key):
     node = getattr(config, section) if section else config
     setattr(node, name, other_value(key, getattr(node, name)))
     return config
+
+
+def test_a_record_holds_no_settings_of_other_methods(tmp_path):
+    config = composed(tmp_path, "method=nested_matryoshka", "method.decay=0.5")
+    content = recorded(config)
+    assert content["method"]["decay"] == 0.5 and "target_rank" not in content["method"]
+    assert read_config(content, "record") == config
 
 
 def points_of(config):
