@@ -24,6 +24,8 @@ from matryoshka_lora.config import (
     build_config,
     check_given,
     quote_texts,
+    read_config,
+    recorded,
     run_hash,
     typed_config,
     variant,
@@ -297,6 +299,8 @@ OTHER_VALUES = {
     "method.draw": "sample",
     "method.weights": [6.0, 1, 1, 1, 1, 1],
     "method.decay": 0.5,
+    "method.weights_end": [6.0, 1, 1, 1, 1, 1],
+    "method.adam_beta2": 0.9,
     "method.warmup": 0.2,
     "method.settle": 0.2,
     "method.beta1": 0.9,
@@ -330,6 +334,13 @@ def changed(config, key):
     node = getattr(config, section) if section else config
     setattr(node, name, other_value(key, getattr(node, name)))
     return config
+
+
+def test_a_record_holds_no_settings_of_other_methods(tmp_path):
+    config = composed(tmp_path, "method=nested_matryoshka", "method.decay=0.5")
+    content = recorded(config)
+    assert content["method"]["decay"] == 0.5 and "target_rank" not in content["method"]
+    assert read_config(content, "record") == config
 
 
 def points_of(config):
