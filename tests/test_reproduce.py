@@ -328,7 +328,7 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
     [
         (
             ["tabel2"],
-            "table=tabel2 is unknown; allowed: .* smollm2 .did you mean table2",
+            "table=tabel2 is unknown; allowed: .* smollm2, .*did you mean table2",
         ),
         (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
         (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
@@ -390,9 +390,9 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     assert main([*arguments, "only=search", "rows=one"]) == 0
     searched = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
     tried = {(s["trainer.epochs"], s["trainer.lr"]) for s in searched}
-    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.002", "0.001"} | {
+    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.002", "0.001"} | {
         "0.0005", "0.00025", "0.00013"}  # fmt: skip
-    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.001", "0.002"}
+    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.00025", "0.0005"}
     ran.clear()
     fails.clear()
     assert main(arguments) == 0
@@ -420,7 +420,8 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     (written := tmp_path / "rates.yaml").write_text("# kept\nother: {'*': 0.1}\n")
     rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
     assert written.read_text() == (
-        "# kept\nother:\n  '*': 0.1\ntiny:\n  lora:\n    1: 0.001\n  matryoshka:\n    4: 0.00025\n"
+        "# kept\nother:\n  '*': 0.1\n"
+        "tiny:\n  lora:\n    1: 0.00025\n  matryoshka:\n    4: 0.00025\n"
     )
     for other, message in (
         ("rows=won", "rows=won is unknown.*did you mean one"),
@@ -436,7 +437,8 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
 def test_committed_rows_compose_and_name_known_rates():
     for path in sorted((ROOT / "configs" / "evidence").glob("*.yaml")):
         given = evidence.read_evidence(path)
-        assert len(given.rows) == 18 and (ROOT / f"configs/model/{given.model}.yaml").is_file()
+        assert len(given.rows) == 18 or not given.final
+        assert (ROOT / f"configs/model/{given.model}.yaml").is_file()
         for row in given.rows:
             assert (ROOT / f"configs/method/{row.settings['method']}.yaml").is_file() or (
                 row.settings["method"] not in METHODS
