@@ -61,7 +61,7 @@ def main(options: Options) -> int:
     if options.only in (None, "search"):
         # A search that ends at an end of its rates has more to do.
         while todo := pending(tables, "search", outcomes):
-            outcomes |= run_all(todo, options, slots, output)
+            outcomes |= run_all(todo, options, slots, output, tables)
             for table in tables:
                 table.settle()
         for table in tables:
@@ -87,17 +87,36 @@ def pending(tables: Sequence[Table], stage: str, tried: Mapping[str, Outcome]) -
 
 
 def run_all(
-    todo: Sequence[Run], options: Options, slots: Sequence[Slot], output: Path
+    todo: Sequence[Run],
+    options: Options,
+    slots: Sequence[Slot],
+    output: Path,
+    searched: Sequence[Table] = (),
 ) -> dict[str, Outcome]:
-    """How each run, or each job array of Slurm, ended, by its name."""
+    """How each run, or each job array of Slurm, ended, by its name.
+
+    searched: tables whose search goes on at once, where a run settles what is to be tried next.
+    """
     logs = output / "logs" / options.table
     if options.launcher == "submitit_slurm":
         jobs = slurm_jobs(todo, options)
         ended = run_jobs(jobs, [Slot("Slurm", {})] * len(jobs), TRAIN, logs)
         of_slurm = {outcome.job.name: outcome for outcome in ended}
         return of_slurm | {run.name: ended[0] for run in todo}
-    jobs = [Job(run.name, run.overrides) for run in todo]
-    ended = run_jobs(jobs, slots, TRAIN, logs, show=options.launcher == "local")
+    started = {run.name for run in todo}
+
+    def more(outcome: Outcome) -> list[Job]:
+        for table in searched:
+            table.settle()
+        new = [run for run in pending(searched, "search", {}) if run.name not in started]
+        started.update(run.name for run in new)
+        return [Job(run.name, run.overrides) for run in new]
+
+    # The longest first, so that none is left alone at the end.
+    ordered = sorted(todo, key=lambda run: -run.config.trainer.epochs)
+    jobs = [Job(run.name, run.overrides) for run in ordered]
+    show = options.launcher == "local"
+    ended = run_jobs(jobs, slots, TRAIN, logs, show=show, more=more if searched else None)
     return {outcome.job.name: outcome for outcome in ended}
 
 

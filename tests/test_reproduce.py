@@ -56,9 +56,13 @@ def trained(monkeypatch):
     ran: list[tuple[str, ...]] = []
     fails: dict[str, str] = {}
 
-    def run_jobs(jobs, slots, script, logs, *, show=False):
+    def run_jobs(jobs, slots, script, logs, *, show=False, more=None):
         assert script == ROOT / "train.py"
-        return [run_job(job, logs) for job in jobs]
+        jobs, outcomes = list(jobs), []
+        for job in jobs:
+            outcomes.append(run_job(job, logs))
+            jobs += more(outcomes[-1]) if more else []
+        return outcomes
 
     def run_job(job: Job, logs: Path) -> Outcome:
         ran.append(job.overrides)
@@ -432,6 +436,40 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     path.write_text(EVIDENCE.replace("rates: [2e-3]", "rate: [2e-3]"))
     with pytest.raises(ValueError, match="table2_tiny.yaml: Key 'rate' not in"):
         main(arguments)
+
+
+class Candidate:
+    def __init__(self, loss: float | None) -> None:
+        self.loss = loss
+
+    def held_out_loss(self, rule, ranks) -> float | None:
+        return self.loss
+
+
+def test_fewer_epochs_are_tried_at_the_best_rate_and_above():
+    """The longest training settles first; the shorter begins there and only goes up."""
+    losses = {(3, 1e-3): 0.7, (3, 2e-3): 0.5, (3, 4e-3): 0.6, (2, 2e-3): 0.5, (2, 4e-3): 0.4,
+              (2, 8e-3): 0.45, (2, 1e-3): 0.1}  # fmt: skip
+    ended: set[tuple[int, float]] = set()
+    longest, shorter = (
+        grid.Rates(tried, lambda lr, n=n: Candidate(losses[n, lr] if (n, lr) in ended else None))
+        for n, tried in ((3, [1e-3, 2e-3]), (2, []))
+    )
+    group = grid.Group("row", [42], [longest, shorter], lambda training, lr: [], extends=True)
+    table = grid.Table("table", [group], lambda record: True)
+    seen = []
+    for _ in range(5):
+        table.settle()
+        seen.append((list(longest.tried), list(shorter.tried), group.lr))
+        ended |= {(3, lr) for lr in longest.tried} | {(2, lr) for lr in shorter.tried}
+    assert seen == [
+        ([1e-3, 2e-3], [], None),
+        ([1e-3, 2e-3, 4e-3], [], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3, 8e-3], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3, 8e-3], 4e-3),
+    ]
+    assert group.training == 1
 
 
 def test_committed_rows_compose_and_name_known_rates():
