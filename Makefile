@@ -69,9 +69,14 @@ reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded d
 reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
 
-reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2; DRY=1 only plans
+# One after the other; each goes on where it was stopped.
+reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations; DRY=1 only plans
 	$(BIN)/python scripts/prepare_smollm2.py
-	$(BIN)/python scripts/reproduce.py smollm2 model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=search model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=final model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
