@@ -233,7 +233,11 @@ def test_a_folder_named_like_a_number(tmp_path):
 
 UNREAD = [
     ("method=lora method.frozen=true", "method.frozen is given, but method=lora", "only dylora"),
-    ("method.weights=[1,2]", "method=matryoshka does not read it", "only dylora, nested_dropout"),
+    (
+        "method=matryoshka method.weights=[1,2]",
+        "method=matryoshka does not read it",
+        "only dylora, nested_dropout",
+    ),
     ("method=nested_dropout +method.normalise=mean", "does not read it", "only matryoshka"),
 ]
 
@@ -389,8 +393,9 @@ def test_micro_batches_are_part_of_the_hash_only_where_each_draws_a_rank(tmp_pat
 
 
 def test_the_folder_of_a_run(tmp_path):
-    expected = "runs/arithmetic/tiny/matryoshka-r32-none/lr0.006-seed42-01234567"
-    assert run_path(composed(tmp_path), "01234567") == tmp_path / expected
+    expected = "runs/arithmetic/tiny/dylora-r32-none/lr0.006-seed42-01234567"
+    config = composed(tmp_path, "method=dylora", "trainer.lr=6e-3")
+    assert run_path(config, "01234567") == tmp_path / expected
 
 
 def test_help_lists_every_setting_and_group():
@@ -417,7 +422,7 @@ def test_help_lists_every_setting_and_group():
         ("adapter.rnak=3", "did you mean rank"),
         ("adapter.rank=abc", "abc"),
         ("adapter.rank=0", "not a positive integer"),
-        ("method.frozen=true", "method=matryoshka does not read it, only dylora"),
+        ("method.frozen=true", "method=nested_matryoshka does not read it, only dylora"),
     ],
 )
 def test_the_command_line_shows_one_line_and_exits_with_1(tmp_path, override, message):
