@@ -13,8 +13,7 @@ from matryoshka_lora.reporting.dedicated import (
     Comparison,
     Comparisons,
     cost_text,
-    estimate_text,
-    percent,
+    percent_text,
 )
 from matryoshka_lora.reporting.grids import Grid, write_grids
 from matryoshka_lora.reporting.names import method_style
@@ -76,7 +75,7 @@ def _grid(one: Comparisons, rows: dict[Headline, Comparison]) -> Grid:
     for headline, compared in rows.items():
         curve = compared.curve
         cells = [
-            f"{_loss(one, curve, rank)}\n{estimate_text(compared.excess[rank], percent)} %"
+            f"{_loss(one, curve, rank)}\n{percent_text(compared.excess[rank])} %"
             f"\nr {one.rank_text(compared.equivalent[rank])}"
             for rank in ranks
         ]
@@ -102,9 +101,10 @@ def _grid(one: Comparisons, rows: dict[Headline, Comparison]) -> Grid:
 
 
 def _label(one: Comparisons, headline: Headline, curve: Curve) -> str:
-    """The headline, and in what its training differs from others of the table."""
+    """The headline, and in what its training differs from others of the table, or the LoRAs."""
     _, differs, settings = curve.method.partition(" (")
-    scaling = "" if "scaling" in one.table.shared else f", scaling {curve.scaling}"
+    alike = {lora.scaling for lora in one.dedicated.values()} == {curve.scaling}
+    scaling = "" if alike else f", scaling {curve.scaling}"
     return f"{headline.label}{differs}{settings}{scaling}"
 
 

@@ -1,6 +1,6 @@
 """Bootstrap intervals over documents, and over seeds and documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,12 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+    def text(self, value: Callable[[float], str], end: Callable[[float], str]) -> str:
+        """`value [low, high]` as the functions write them; the value alone without an interval."""
+        if self.low is None or self.high is None:
+            return value(self.value)
+        return f"{value(self.value)} [{end(self.low)}, {end(self.high)}]"
 
 
 def bootstrap_intervals(

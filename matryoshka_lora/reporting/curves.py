@@ -143,7 +143,7 @@ def rank_tables(
 
 
 def _blocks(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The lines of each model, dataset and scaling that has, or lacks, plain LoRAs of its own."""
+    """The lines of each model and dataset; where not just one scaling has plain LoRAs, of each."""
     for _, block in grouped(frame, ["model", "dataset"]):
         if block["scaling"][block["method"].map(is_baseline).astype(bool)].nunique() == 1:
             yield block

@@ -71,9 +71,12 @@ class Comparisons:
             f"{self.unit:g} epochs being 1"
         )
 
-    def rank_text(self, estimate: Estimate) -> str:
-        """An equivalent rank and its interval as tables print it."""
-        return estimate_text(estimate, self._rank)
+    def rank_text(self, equivalent: Estimate) -> str:
+        """An equivalent rank and its interval as tables print them."""
+        ends = (equivalent.value, equivalent.low, equivalent.high)
+        if ends in ((0, 0, 0), (math.inf,) * 3):
+            return self._rank(equivalent.value)  # no resample comes to the curve
+        return equivalent.text(self._rank, self._rank)
 
     def _rank(self, rank: float) -> str:
         if rank == 0:
@@ -189,15 +192,10 @@ def write_comparisons(found: Sequence[Comparisons], stem: Path, title: str) -> l
     return [csv, *write_grids([_grid(one) for one in found], stem, title)]
 
 
-def estimate_text(estimate: Estimate, text: Callable[[float], str]) -> str:
-    """The value and, where it is known, its interval."""
-    if estimate.low is None or estimate.high is None:
-        return text(estimate.value)
-    return f"{text(estimate.value)} [{text(estimate.low)}, {text(estimate.high)}]"
-
-
-def percent(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+def percent_text(excess: Estimate) -> str:
+    """An excess, in percent, and its interval as tables print them."""
+    # + 0.0 turns -0.0 into 0.0.
+    return excess.text(lambda x: f"{round(x, 1) + 0.0:+.1f}", lambda x: f"{round(x, 1) + 0.0:.1f}")
 
 
 def cost_text(cost: float | None) -> str:
@@ -235,7 +233,7 @@ def _grid(one: Comparisons) -> Grid:
         for rank in ranks:
             parts = []
             if rank in compared.excess:
-                parts.append(estimate_text(compared.excess[rank], percent))
+                parts.append(percent_text(compared.excess[rank]))
             if rank in compared.equivalent:
                 parts.append(one.rank_text(compared.equivalent[rank]))
             cells.append("\n".join(parts) or HOLE)
