@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from grid import Run
@@ -19,6 +19,7 @@ def publish(
     output: Path,
     holds: Callable[[Record], bool],
     prune: bool = False,
+    row_names: Mapping[str, str] | None = None,
 ) -> None:
     """Copy the finished records to records/<table>/, write the report and show the table.
 
@@ -26,7 +27,8 @@ def publish(
     other seeds or methods than `runs`, whose missing ones are holes. Records of other grids are
     named and left where they are, but not reported, or with `prune` removed. A record of one of
     `runs` under a name of another version gives way to the new one. Rows of rules that the plan
-    reads at another rate are left out, see `for_its_rules`.
+    reads at another rate are left out, see `for_its_rules`. row_names: by run hash; the copies keep
+    them as `diagnostics.row`, the label of their row in the report.
     """
     folder = output / "records" / table
     finished = [
@@ -35,6 +37,9 @@ def publish(
     if not finished:
         logger.warning("%s: no run is finished, so the table is not written", table)
         return
+    for record in finished:
+        if (row := (row_names or {}).get(record.run_hash)) is not None:
+            record.diagnostics["row"] = row
     new = {folder / f"{record.name.replace('/', '-')}.json": record for record in finished}
     for path, record in new.items():
         old = {row.key for row in read_record(path).rows} if path.exists() else set()
@@ -118,5 +123,5 @@ def for_its_rules(record: Record, run: Run, runs: Sequence[Run]) -> Record:
 
 def _settings(run: Run) -> dict[str, str]:
     """What a row of the plan sets, but for what it chooses and how it reads."""
-    chosen = ("trainer.lr", "trainer.epochs", "seed", "eval.rules", "eval.ranks")
+    chosen = ("trainer.lr", "trainer.epochs", "seed", "eval.rules", "eval.ranks", "eval.tasks")
     return {key: text for key, text in run.settings.items() if key not in chosen}
