@@ -17,11 +17,12 @@ import tiny_lm
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
+from publish import for_its_rules
 from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line, parse_options
-from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.config import Config, build_config, wanted_points
 from matryoshka_lora.config import reading as settings_of_config
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.methods import METHODS
@@ -533,3 +534,38 @@ def test_table3_on_the_embedded_model_ends_in_a_table(local, tmp_path, monkeypat
     assert table.splitlines()[0] in capfd.readouterr().out
     (path,) = find_records(tmp_path / "records", "*.json")
     assert {row.n for row in read_record(path).rows} == {20}
+
+
+def test_a_rule_is_published_at_the_rate_of_its_own_row():
+    """Of three rows of one method, two at one rate, each reads the rules that chose that rate."""
+
+    def run(lr, rules, **settings):
+        config = Config()
+        config.trainer.lr, config.eval.rules = lr, rules
+        texts = {"method": "matryoshka", "trainer.lr": str(lr), "eval.rules": str(rules)}
+        return grid.Run(texts | settings, config, None)
+
+    both, svd = run(2e-3, ["prefix", "trained"]), run(1e-3, ["svd", "global"])
+    other = run(1e-3, ["prefix"], **{"adapter.init": "paper"})
+    row = Row("gsm8k", 0, None, None, 1, "base", "loss", 1.0, None, 1)
+    rules = ["prefix", "trained", "svd", "global"]
+    full = Record(
+        "finished", "run", {}, "0" * 8, {}, {},
+        evaluation={"finished": [f"gsm8k:0 limit=None abc {rule}@1" for rule in rules]},
+        rows=[row, *(dataclasses.replace(row, rule=rule) for rule in rules)],
+    )  # fmt: skip
+
+    def published(of, *plan):
+        found = for_its_rules(full, of, plan)
+        points = [point.rpartition(" ")[2] for point in found.evaluation["finished"]]
+        assert [f"{row.rule}@1" for row in found.rows] == ["base@1", *points]
+        return [row.rule for row in found.rows[1:]]
+
+    plan = (both, svd, other)
+    assert published(both, *plan) == ["prefix", "trained"]
+    assert published(svd, *plan) == ["svd", "global"]
+    # Another row's rule of other settings is its own, and without the rows nothing is known.
+    assert published(other, *plan) == rules
+    assert published(both, both) == rules
+    svd.config.dataset.validation = 0.05
+    assert published(svd, *plan) == rules, "a candidate of a search is read by whoever tries it"

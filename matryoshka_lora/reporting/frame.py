@@ -23,6 +23,7 @@ RUN_COLUMNS = (
     "R",
     "scaling",
     "lr",
+    "epochs",
     "seed",
     "variant",
     "row",
@@ -108,8 +109,8 @@ def tidy_frame(
     The columns of a run (`RUN_COLUMNS`) are repeated on all its lines:
         run: its name, for messages.
         group: a number; runs that differ in nothing but the seed share it. Lines are ordered by
-            it, then by seed: model, dataset, scaling, method, falling R, rising lr.
-        model, dataset, method, R, scaling, lr, seed: its settings.
+            it, then by seed: model, dataset, scaling, method, falling R, rising lr and epochs.
+        model, dataset, method, R, scaling, lr, epochs, seed: its settings.
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
         row: the name that the table gives the run, else None.
@@ -213,6 +214,7 @@ def _run(
         "R": setting("adapter.rank", int),
         "scaling": setting("adapter.scaling", str),
         "lr": setting("trainer.lr", float),
+        "epochs": setting("trainer.epochs", float),
         "seed": setting("seed", int),
         "variant": variant,
         "row": row,
@@ -231,6 +233,7 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, int]:
         run["method"],
         -run["R"],
         (undecided, 0.0 if undecided else run["lr"]),
+        run["epochs"],
         run["variant"],
     )
     return group, run["seed"]

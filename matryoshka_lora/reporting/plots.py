@@ -104,15 +104,20 @@ def _panel(ax: Axes, table: RankTable) -> None:
         _line(ax, table, curve, rules)
     for curve in _references(table):
         _reference(ax, table, curve)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator([rank for rank in table.ranks if rank > 0]))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("rank at inference")
+    rank_axis(ax, [rank for rank in table.ranks if rank > 0])
     ax.set_ylabel(f"{table.metric.metric} ({table.metric.unit})")
     shared = ", ".join(f"{name} {value}" for name, value in table.shared.items())
     lines = textwrap.wrap(shared, _TITLE_CHARACTERS, break_on_hyphens=False)
     ax.set_title("\n".join([table.metric.label, *lines]), loc="left")
+
+
+def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+    """The horizontal axis: log2 of the rank, a tick at each of `ranks`."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(ranks))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("rank at inference")
 
 
 def _legend(below: Axes, ax: Axes) -> None:
@@ -155,7 +160,10 @@ def _drawn(table: RankTable) -> list[tuple[Curve, list[str]]]:
 
 
 def _identity(curve: Curve) -> tuple[Any, ...]:
-    return (curve.model, curve.dataset, curve.method, curve.rank, curve.scaling, curve.lr)
+    return (
+        *(curve.model, curve.dataset, curve.method, curve.rank),
+        *(curve.scaling, curve.lr, curve.epochs),
+    )
 
 
 def _references(table: RankTable) -> list[Curve]:
@@ -223,6 +231,7 @@ def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
 def _distinction(table: RankTable, curve: Curve) -> str:
     """What tells a curve from others of the same method and rule."""
     values = {"model": curve.model, "dataset": curve.dataset, "scaling": curve.scaling}
+    values["epochs"] = f"{curve.epochs:g} epochs"
     if curve.kind == "curve":
         values["R"] = f"R={curve.rank}"
     parts = [value for name, value in values.items() if name not in table.shared]
