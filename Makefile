@@ -23,7 +23,8 @@ GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
 .PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
-        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-sweep
+        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-scaling \
+        benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -80,6 +81,9 @@ reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_training.py $(ARGS)
+
+benchmark-scaling: setup ## tokens/s on 1, 2 and 4 GPUs of this host
+	$(BIN)/python scripts/benchmark_scaling.py $(ARGS)
 
 benchmark-sweep: setup ## the rank sweep against lm-eval's HF backend; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_sweep.py $(ARGS)

@@ -14,6 +14,7 @@ import rates
 import reproduce
 import reproduce_options
 import tiny_lm
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from test_launcher import environment, write_fake_slurm
@@ -544,10 +545,12 @@ def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
         compositions = {
             key: compose("train", key.split()) for key in
             ("model=tiny", "model=llama3_8b", "model=tiny trainer.lr=0.5",
-             "model=tiny method=lora adapter.rank=3", "model.name=other trainer.lr=null")
+             "model=tiny method=lora adapter.rank=3", "model.name=other trainer.lr=null",
+             "model=tiny method=matryoshka")
         }  # fmt: skip
-    assert build_config(compositions["model=tiny"]).trainer.lr == 6e-3
-    assert build_config(compositions["model=llama3_8b"]).trainer.lr == 3e-4
+    llama = compositions["model=llama3_8b"]
+    committed = yaml.safe_load((ROOT / "configs/rates.yaml").read_text())
+    assert build_config(llama).trainer.lr == committed[llama.model.name]["*"]
     assert build_config(compositions["model=tiny trainer.lr=0.5"]).trainer.lr == 0.5
     with pytest.raises(ValueError, match="no rate for model other; give trainer.lr"):
         build_config(compositions["model.name=other trainer.lr=null"])
@@ -556,7 +559,7 @@ def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
     nearest = compositions["model=tiny method=lora adapter.rank=3"]
     assert build_config(nearest).trainer.lr == 0.1
     with pytest.raises(ValueError, match="no rate for method matryoshka on model tiny"):
-        build_config(compositions["model=tiny"])
+        build_config(compositions["model=tiny method=matryoshka"])
 
 
 def test_unknown_keys_and_corrupt_records_are_named(local, tmp_path, trained):
