@@ -440,6 +440,62 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
         main(arguments)
 
 
+ABLATIONS = """
+model: tiny
+seeds: [42]
+final: false
+settings: {adapter.rank: 4, eval.tasks: []}
+rows:
+  - {name: parent, rules: [prefix, svd], rates: [1e-3], settings: {method: matryoshka}}
+  - {name: mine, rules: [prefix], rates: [1e-3],
+     settings: {method: matryoshka, method.decay: 0.5, adapter.scaling: sqrt}}
+"""
+ALSO = """
+model: tiny
+seeds: [42, 666]
+settings: {adapter.rank: 4, eval.tasks: ["gsm8k:0"]}
+rows:
+  - {name: a, rules: [prefix], rates: [1e-3], also: ["gsm8k:3"], settings: {method: matryoshka}}
+  - {name: b, rules: [svd], rates: [1e-3], also: ["gsm8k:3"], settings: {method: matryoshka}}
+"""
+
+
+def test_rows_of_a_search_alone_have_names_and_the_first_seed_more_tasks(
+    local, tmp_path, trained, monkeypatch
+):
+    ran, _ = trained
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "smollm2_ablations.yaml").write_text(ABLATIONS)
+    (tmp_path / "evidence" / "smollm2.yaml").write_text(ALSO)
+    monkeypatch.setattr(evidence, "CONFIGS", tmp_path)
+    rest = [*local, f"output_dir={tmp_path / 'out'}"]
+    assert main(["smollm2_ablations", *rest]) == 0
+    assert len(ran) == 2 and all("dataset.validation=0.05" in overrides for overrides in ran)
+    assert "eval.rules=[prefix,svd]" in {text for overrides in ran for text in overrides}
+    text = (tmp_path / "out" / "tables" / "smollm2-ablations.md").read_text()
+    # A table for each rule, whatever the scaling; the name is the label, and nothing is a hole.
+    for line in ("parent | none | prefix", "parent | svd", "mine | sqrt | prefix"):
+        assert text.count(f"| {line} |") == 1
+    assert "missing" not in text
+    assert not list((tmp_path / "out" / "tables").glob("*rates*"))
+    # The parent, read by both rules there, is a finished candidate here.
+    ran.clear()
+    assert main(["smollm2", "only=search", *rest]) == 0 and ran == []
+    assert main(["smollm2", "only=final", *rest]) == 0
+    assert [("seed=42" in o, "eval.rules=[prefix,svd]" in o) for o in ran] == [
+        (True, True),
+        (False, True),
+    ]
+    ran.clear()
+    assert main(["smollm2", *rest]) == 0
+    (more,) = ran
+    assert {"seed=42", "eval.tasks=[gsm8k:0,gsm8k:3]", "eval.rules=[prefix,svd]"} <= set(more)
+    # What is published has them, and is finished without its run.
+    ran.clear()
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert main(["smollm2", *rest]) == 0 and ran == []
+
+
 class Candidate:
     def __init__(self, loss: float | None) -> None:
         self.loss = loss

@@ -137,8 +137,10 @@ def rank_tables(
         baseline = block["method"].map(is_baseline).astype(bool)
         for rank in sorted(set(block["R"][~baseline]) or {max(block["R"])}):
             members = block[(block["R"] == rank) | (baseline & (block["R"] < rank))]
-            for part in _by_rule(members) if named else [members]:
-                tables += [_table(part, metric) for metric in metrics_of(part)]
+            if named:
+                tables += _named_tables(members)
+            else:
+                tables += [_table(members, metric) for metric in metrics_of(members)]
     if not tables:
         runs = zip(*(runs_of(frame)[column] for column in ("run", "problem")), strict=True)
         state = "; ".join(f"{run}: {problem or 'no rows'}" for run, problem in runs)
@@ -179,16 +181,16 @@ def rank_table(
     return _table(frame, wanted)
 
 
-def _by_rule(members: pd.DataFrame) -> list[pd.DataFrame]:
-    """For each inference rule the lines of the runs that it was read by, and the holes."""
-    rules = sorted(set(members["rule"].dropna()) - {BASE}, key=rule_place)
-    parts = [members[members["rule"].isin([rule, BASE])] for rule in rules]
-    read = [set(part["group"][part["rule"] != BASE]) for part in parts]
-    holes = members[members["rule"].isna()]
-    return [
-        pd.concat([part[part["group"].isin(groups)], holes]).sort_values("group", kind="stable")
-        for part, groups in zip(parts, read, strict=True)
-    ]
+def _named_tables(members: pd.DataFrame) -> list[RankTable]:
+    """A table for each inference rule and metric, on the runs that have it and on the holes."""
+    tables = []
+    for rule in sorted(set(members["rule"].dropna()) - {BASE}, key=rule_place):
+        part = members[members["rule"].isin([rule, BASE]) | members["rule"].isna()]
+        for metric in metrics_of(part[part["rule"] == rule]):
+            lines = lines_of(part, metric)
+            read = set(lines["group"][lines["rule"] == rule])
+            tables.append(_table(part[part["group"].isin(read) | part["rule"].isna()], metric))
+    return tables
 
 
 def run_tables(record: Record) -> list[RankTable]:
