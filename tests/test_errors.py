@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import small_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,68 @@ def test_a_damaged_base_model_is_named(tmp_path, name, damage):
         model_identity(config)
         load_tokenizer(config)
         load_model(config, CPU)
+
+
+def layers(count):
+    return lambda path: path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": count})
+    )
+
+
+def in_place(change):
+    def damage(path):
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", layers(3), r"9 without a place \(model\.layers\.3\..*, \.\.\.\); restore"),
+        ("config.json", layers(5), r"9 missing \(model\.layers\.4\..*, \.\.\.\); restore"),
+        (
+            "model.safetensors",
+            in_place(lambda w: w.update({"model.norm.weight": w["model.norm.weight"][:3].clone()})),
+            r"1 of another shape \(model\.norm\.weight\); restore",
+        ),
+        (
+            "model.safetensors",
+            in_place(lambda w: w.update({"model.norn.weight": w.pop("model.norm.weight")})),
+            r"1 missing \(model\.norm\.weight\); 1 without a place \(model\.norn\.weight\);",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_named(tmp_path, name, damage, message, capfd):
+    folder = tmp_path / "base"
+    shutil.copytree(EMBEDDED, folder)
+    damage(folder / name)
+    with pytest.raises(UserError, match=rf"{folder}: its weights are not those .* {message}"):
+        load_model(ModelConfig(path=str(folder)), CPU)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_buffers_and_tied_weights_in_a_file_are_no_mistake(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(EMBEDDED, folder)
+
+    def as_saved_once(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        for layer in range(4):
+            weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    in_place(as_saved_once)(folder / "model.safetensors")
+    load_model(ModelConfig(path=str(folder)), CPU)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    shape = transformers.GPTJConfig(
+        vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=4
+    )
+    transformers.GPTJForCausalLM(shape).save_pretrained(folder)
+    old = {"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": torch.ones(())}
+    in_place(lambda weights: weights.update(old))(folder / "model.safetensors")
+    load_model(ModelConfig(path=str(folder)), CPU)
 
 
 @pytest.mark.parametrize(
