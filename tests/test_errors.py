@@ -47,11 +47,19 @@ def test_damaged_json_is_named_with_its_line(tmp_path, text, message):
             read_rows(tmp_path / name)
 
 
-def test_a_document_of_other_types_is_named_with_its_line(tmp_path):
-    rows = [{"question": "5?", "answer": "#### 7"}, {"question": 5, "answer": 7}]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"test\.jsonl, line 2, field 'question': all documents"):
+@pytest.mark.parametrize("value", [5, ["5?"], {"x": 5}, 2**70])
+def test_a_document_of_other_types_is_named_with_its_line(tmp_path, value):
+    rows = [{"question": "5?", "answer": "#### 7"}] * 2 + [{"question": value, "answer": "7"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    with pytest.raises(UserError, match=r"test\.jsonl, line 3, field 'question': all documents"):
         _read_split(tmp_path, "test", {"question", "answer"})
+
+
+def test_a_nested_value_of_another_type_is_named_with_its_line(tmp_path):
+    rows = [{"choices": {"text": ["a"], "label": [label]}} for label in ("A", "B", 3, "D")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"test\.jsonl, line 3, field 'choices': all documents"):
+        _read_split(tmp_path, "test", {"choices"})
 
 
 def cut(path):
