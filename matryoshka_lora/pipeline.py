@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.comparison import note_run
-from matryoshka_lora.config import VALIDATION, Config, build_method, wanted_points
+from matryoshka_lora.config import VALIDATION, Config, build_method, recorded, wanted_points
 from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import check_writable, write_atomically
@@ -331,7 +331,7 @@ def _start_record(
     fresh = Record(
         status="training",
         name=str(folder.path.relative_to(runs_root(config))),
-        config=dataclasses.asdict(config),
+        config=recorded(config),
         run_hash=inputs.run_hash,
         model=inputs.model,
         data=inputs.data | tokens.facts,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from grid import Run
@@ -19,19 +19,24 @@ def publish(
     output: Path,
     holds: Callable[[Record], bool],
     prune: bool = False,
+    row_names: Mapping[str, str] | None = None,
 ) -> None:
     """Copy the finished records to records/<table>/, write the report and show the table.
 
     The report is on all records there that are of the table's grid, as `holds` says, also those of
     other seeds or methods than `runs`, whose missing ones are holes. Records of other grids are
     named and left where they are, but not reported, or with `prune` removed. A record of one of
-    `runs` under a name of another version gives way to the new one.
+    `runs` under a name of another version gives way to the new one. row_names: by run hash; the
+    copies keep them as `diagnostics.row`, the label of their row in the report.
     """
     folder = output / "records" / table
     finished = [record for run in runs if (record := run.ended()) is not None]
     if not finished:
         logger.warning("%s: no run is finished, so the table is not written", table)
         return
+    for record in finished:
+        if (row := (row_names or {}).get(record.run_hash)) is not None:
+            record.diagnostics["row"] = row
     new = {folder / f"{record.name.replace('/', '-')}.json": record for record in finished}
     for path, record in new.items():
         old = {row.key for row in read_record(path).rows} if path.exists() else set()

@@ -107,6 +107,8 @@ def rank_tables(
     """Every table that the records hold, main metric first and loss last.
 
     One table for each (model, dataset, scaling, R) and each (task, shots, limit, metric, filter).
+    Where runs have names of rows, which then are their labels, one for each inference rule instead
+    of each scaling, because such tables have many lines.
     R is a rank at which a method other than LoRA was trained, or else the largest; LoRA runs of
     smaller rank stand in it as dedicated runs. `planned` are the resolved configs of all runs that
     there should be; those without a finished record are holes, and so are unfinished records.
@@ -114,11 +116,13 @@ def rank_tables(
     """
     frame = tidy_frame(records, planned)
     tables = []
-    for _, block in grouped(frame, ["model", "dataset", "scaling"]):
+    named = bool(frame["row"].notna().any())
+    for _, block in grouped(frame, ["model", "dataset", *([] if named else ["scaling"])]):
         baseline = block["method"].map(is_baseline).astype(bool)
         for rank in sorted(set(block["R"][~baseline]) or {max(block["R"])}):
             members = block[(block["R"] == rank) | (baseline & (block["R"] < rank))]
-            tables += [_table(members, metric) for metric in metrics_of(members)]
+            for part in _by_rule(members) if named else [members]:
+                tables += [_table(part, metric) for metric in metrics_of(part)]
     if not tables:
         runs = zip(*(runs_of(frame)[column] for column in ("run", "problem")), strict=True)
         state = "; ".join(f"{run}: {problem or 'no rows'}" for run, problem in runs)
@@ -147,6 +151,18 @@ def rank_table(
         names = "; ".join(m.label for m in found) or "nothing"
         raise UserError(f"no finished record has {wanted.label}; there is: {names}")
     return _table(frame, wanted)
+
+
+def _by_rule(members: pd.DataFrame) -> list[pd.DataFrame]:
+    """For each inference rule the lines of the runs that it was read by, and the holes."""
+    rules = sorted(set(members["rule"].dropna()) - {BASE}, key=rule_place)
+    parts = [members[members["rule"].isin([rule, BASE])] for rule in rules]
+    read = [set(part["group"][part["rule"] != BASE]) for part in parts]
+    holes = members[members["rule"].isna()]
+    return [
+        pd.concat([part[part["group"].isin(groups)], holes]).sort_values("group", kind="stable")
+        for part, groups in zip(parts, read, strict=True)
+    ]
 
 
 def run_tables(record: Record) -> list[RankTable]:
@@ -209,9 +225,17 @@ def _labels(groups: pd.DataFrame, dedicated: set[Any]) -> dict[Any, str]:
     scope = settings.apply(
         lambda run: (run["key"], *run[scopes.get(run["key"].partition(".")[0], [])]), axis=1
     )
-    settings = settings[settings.groupby(scope)["value"].transform("nunique") > 1]
+    # A setting that came later is only in runs that changed it: others differ by lacking it.
+    alike = groups.groupby(["method", "R"])["group"].nunique()
+    having = settings.groupby(["key", "method", "R"])["group"].transform("nunique")
+    lacking = having < [alike[pair] for pair in zip(settings["method"], settings["R"], strict=True)]
+    settings = settings[lacking | (settings.groupby(scope)["value"].transform("nunique") > 1)]
     labels = {}
-    for group, method, rank in zip(groups["group"], groups["method"], groups["R"], strict=True):
+    columns = (groups[name] for name in ("group", "method", "R", "row"))
+    for group, method, rank, row in zip(*columns, strict=True):
+        if isinstance(row, str):
+            labels[group] = row
+            continue
         label = methods.label(method) + (f" dedicated R={rank}" if group in dedicated else "")
         differing = ", ".join(
             f"{key.rpartition('.')[2]}={value.strip(chr(34))}"

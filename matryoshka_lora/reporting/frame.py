@@ -25,6 +25,7 @@ RUN_COLUMNS = (
     "lr",
     "seed",
     "variant",
+    "row",
     "problem",
 )
 ROW_COLUMNS = (*(field.name for field in dataclasses.fields(Row)), "test_set")
@@ -111,6 +112,7 @@ def tidy_frame(
         model, dataset, method, R, scaling, lr, seed: its settings.
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
+        row: the name that the table gives the run, else None.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
     Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called, all
     missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not
@@ -127,7 +129,7 @@ def tidy_frame(
         complete = unfinished or record.status == "finished"
         found = _variant(record.name, record.config, record.model, record.data.get("fingerprint"))
         problem = None if complete else _problem(record)
-        run = _run(record.name, record.config, found, problem)
+        run = _run(record.name, record.config, found, problem, record.diagnostics.get("row"))
         twin, _ = runs.setdefault(_key(run), (run, record.rows if complete else []))
         if twin is not run:
             raise UserError(
@@ -193,7 +195,11 @@ def lines_of(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def _run(
-    name: str, config: Mapping[str, Any], variant: Variant, problem: str | None
+    name: str,
+    config: Mapping[str, Any],
+    variant: Variant,
+    problem: str | None,
+    row: str | None = None,
 ) -> dict[str, Any]:
     def setting(key: str, kind: type) -> Any:
         value: Any = config
@@ -216,6 +222,7 @@ def _run(
         "lr": setting("trainer.lr", float),
         "seed": setting("seed", int),
         "variant": variant,
+        "row": row,
         "problem": problem,
     }
 

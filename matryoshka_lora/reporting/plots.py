@@ -18,6 +18,8 @@ from matryoshka_lora.reporting.names import method_style, rule_place
 # For methods without a style of their own, and for further variants of a method in one table; of
 # Okabe and Ito's palette, told apart by all common kinds of colour vision.
 _SPARE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
+# For tables of many variants, which no palette tells apart without markers: 7 x 10 pairs.
+_MANY_STYLES = tuple((f"C{n % 10}", "os^vDPX"[n % 7]) for n in range(70))
 # By the order of the rules.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -250,5 +252,7 @@ def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
     own = method_style(curve.method_name)
     if own is not None and curve.method == labels[0]:
         return own
-    methods = dict.fromkeys(row.method for row in table.rows if row.kind == "curve")
-    return _SPARE_STYLES[list(methods).index(curve.method) % len(_SPARE_STYLES)]
+    methods = list(dict.fromkeys(row.method for row in table.rows if row.kind == "curve"))
+    variants = len(set(labels)) - (own is not None)
+    styles = _SPARE_STYLES if variants <= len(_SPARE_STYLES) else _MANY_STYLES
+    return styles[methods.index(curve.method) % len(styles)]

@@ -99,9 +99,9 @@ def format_rates(lines: Sequence[RateLine], title: str) -> str:
 
 
 def write_rates(records: Sequence[Record], stem: Path, figure: Path, title: str) -> list[Path]:
-    """Write `<stem>.md` and `<figure>.png`, `.pdf`; nothing where no record has a held-out loss."""
+    """Write `<stem>.md` and `<figure>.png`, `.pdf`; nothing where no row has tried two rates."""
     lines = rate_lines(records)
-    if not lines:
+    if all(len(line.losses) < 2 for line in lines):
         return []
     path = stem.with_name(stem.name + ".md")
     write_atomically(path, format_rates(lines, title).encode())
