@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from test_records import record
 
 from matryoshka_lora import export
-from matryoshka_lora.config import ModelConfig
+from matryoshka_lora.config import DatasetConfig, ModelConfig
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import CannotWrite, naming
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import HEADER, check_layers, read_adapter, save_adapter
 from matryoshka_lora.data.files import read_rows
+from matryoshka_lora.data.records import load_records
 from matryoshka_lora.evaluation.local_data import _read_split
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
@@ -216,6 +217,15 @@ def test_renamed_tensors_are_found_without_weights(tmp_path):
         file.state[name.replace("layers.0", "layers.9")] = file.state.pop(name)
     with pytest.raises(UserError, match=f"{path} does not fit the model: 2 tensors missing"):
         check_layers(path, file, model)
+
+
+def test_a_hub_that_is_out_of_reach_is_told_with_the_local_way():
+    """Also for a finished run, which is identified by what the hub holds."""
+    with pytest.raises(UserError, match=r"model some/base .* cannot be read.* model\.path=FOLDER"):
+        model_identity(ModelConfig(name="some/base"))
+    data = DatasetConfig(name="gsm8k", hub="some/data")
+    with pytest.raises(UserError, match=r"some/data .* cannot be read.* dataset\.path=FOLDER"):
+        load_records(data)
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "cpu:x"])
