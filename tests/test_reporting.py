@@ -337,6 +337,15 @@ def test_a_plan_trains_on_the_content_of_the_records(grid):
     assert names == ["DyLoRA (data=01234567)", "DyLoRA (data=98765432)"]
 
 
+def test_a_planned_method_without_a_record_is_taken_to_have_the_base_of_the_others(grid):
+    for one in grid:
+        one.model, one.data["fingerprint"] = one.model | {"weights": "abc"}, "0123456789"
+    (table,) = rank_tables(grid, [config("lora"), config("matryoshka")])
+    assert [r.method for r in table.rows if r.kind == "curve"] == [
+        "LoRA", "DyLoRA", "MatryoshkaLoRA",
+    ]  # fmt: skip
+
+
 def test_a_method_of_another_version(grid):
     """It has its name for a label, stands last, and its seeds are pooled where nothing differs."""
     other = [record(curve([0.2, 0.3, 0.4]), method="later", seed=seed) for seed in (1, 2)]

@@ -120,7 +120,8 @@ def tidy_frame(
     measured), all other columns are objects.
 
     planned: resolved configs of all runs that there should be; one that has a record is that
-    record. They are taken to train on the same content as the records of the same settings.
+    record. They are taken to train on the same content as the records of the same settings, or else
+    of the same model and data set.
     unfinished: take the rows of records that are not finished, too.
     Raises UserError for a config that lacks a setting tables need, and for two records of one run.
     """
@@ -137,12 +138,18 @@ def tidy_frame(
                 "away, or its seed would count twice"
             )
     recorded: dict[Any, Variant] = {}
+    contents: dict[tuple[str, str], Variant] = {}
     for key in sorted(runs):
-        recorded.setdefault(_settings(runs[key][0]), runs[key][0]["variant"])
+        run = runs[key][0]
+        recorded.setdefault(_settings(run), run["variant"])
+        content = tuple(pair for pair in run["variant"] if pair[0] in CONTENT)
+        contents.setdefault((run["model"], run["dataset"]), content)
     for number, config in enumerate(planned or (), start=1):
         name = f"planned run {number}"
         run = _run(name, config, _variant(name, config, {}, None), "no record")
-        run["variant"] = recorded.get(_settings(run), run["variant"])
+        content = contents.get((run["model"], run["dataset"]), ())
+        likely = tuple(sorted((dict(run["variant"]) | dict(content)).items()))
+        run["variant"] = recorded.get(_settings(run), likely)
         runs.setdefault(_key(run), (run, []))
     numbers = {group: n for n, group in enumerate(sorted({group for group, _ in runs}))}
     by_base: dict[tuple[str, str], list[Row]] = {}
