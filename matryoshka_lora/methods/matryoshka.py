@@ -4,12 +4,21 @@ from dataclasses import dataclass
 
 from matryoshka_lora.core.diagonals import matryoshka_diagonal
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.methods.base import AdapterShape, Method, register, setting, single
+from matryoshka_lora.methods.base import (
+    AdapterShape,
+    Method,
+    nothing_to_draw,
+    register,
+    setting,
+    single,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    normalise: str = setting("sum", "P is the sum or the mean of the prefix diagonals")
+    normalise: str = setting(
+        "sum", "P is the sum or the mean of the prefix diagonals", idle=nothing_to_draw
+    )
 
 
 @register(label="MatryoshkaLoRA", colour="#CC3311", marker="D", order=3, settings=Settings)

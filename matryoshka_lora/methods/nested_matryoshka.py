@@ -12,14 +12,14 @@ from matryoshka_lora.core.diagonals import (
     prefix_diagonal,
 )
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.methods.base import AdapterShape, Method, register, setting
+from matryoshka_lora.methods.base import AdapterShape, Method, nothing_to_draw, register, setting
 
 
 @dataclass(frozen=True)
 class Settings:
     decay: float | None = setting(None, "P is s_R (R/i)^decay; null: the sum over S of Algorithm 1")
     weights: list[float] | None = setting(
-        None, "odds of each trained sub-rank; null: the method's own"
+        None, "odds of each trained sub-rank; null: the method's own", idle=nothing_to_draw
     )
 
 
@@ -47,7 +47,13 @@ def _p_full(shape: AdapterShape, decay: float | None) -> Tensor:
         return matryoshka_diagonal(shape.train_ranks, shape.rank, shape.scaling)
     if not 0 <= decay < float("inf"):
         raise UserError(f"method.decay={decay} must be 0 or a positive number, or null")
-    return power_diagonal(decay, shape.rank, shape.scaling)
+    p_full = power_diagonal(decay, shape.rank, shape.scaling)
+    if not p_full.isfinite().all():
+        raise UserError(
+            f"method.decay={decay} is too large: (R/i)^decay leaves float32 at "
+            f"adapter.rank={shape.rank}; choose a smaller one, such as 0.5"
+        )
+    return p_full
 
 
 def default_odds(ranks: Sequence[int]) -> tuple[float, ...]:
