@@ -134,7 +134,8 @@ class RankAllocator(Hooks):
 
     @torch.no_grad()
     def after_update(self, step: int, lr: float) -> None:
-        if step < self.last:
+        # The masking of the first step, where it is the last one, needs scores too.
+        if step < max(self.last, 1):
             self._observe()
         budget = self.budget(step)
         if step > self.last:
