@@ -151,6 +151,12 @@ def test_soras_proximal_step_by_hand():
     assert gate.tolist() == pytest.approx(expected, abs=1e-7)
     importance = hooks.importance()["x"].tolist()
     assert importance == pytest.approx([abs(g) * 2 * i * 3 for i, g in enumerate(expected, 1)])
+    A, B = (torch.sin(torch.arange(n) * 1.7).bfloat16() for n in (24, 54))
+    half = {"x.lora_A": A.view(6, 4), "x.lora_B": B.view(9, 6), "x.lora_gate": gate}
+    hooks.start(half, None, 1)
+    found = hooks.importance()["x"]  # not rounded to half precision, where components become equal
+    hooks.start({name: x.float() for name, x in half.items()}, None, 1)
+    assert torch.equal(found, hooks.importance()["x"])
 
 
 @pytest.mark.parametrize("method", ["adalora", "sora"])
