@@ -99,8 +99,12 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
             read_here["lora_A"][taken].contiguous(),
             read_here["lora_B"][:, taken].contiguous(),
         )
-    if not found:
-        raise UserError(f"nothing to export: the adapter of {run.folder.path} is zero everywhere")
+    multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
+    if not any(A.any() and B.any() for A, B in multiplied.values()):
+        raise UserError(
+            f"nothing to export: at rank {rank} under rule {rule} the adapter of "
+            f"{run.folder.path} is zero everywhere"
+        )
     # A diagonal of one number, the same in all layers, is a scale of PEFT's.
     for scaling in PEFT_SCALE:
         if all(
@@ -108,7 +112,6 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
             for own in diagonals.values()
         ):
             return SubRank(found, scaling, uniform)
-    multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
     return SubRank(multiplied, "none", uniform)
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, build_method
 from matryoshka_lora.core.adapter import adapter_parameters
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.models import DTYPES
@@ -60,16 +62,27 @@ def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]
         + forward * shape.num_hidden_layers * shape.hidden_size * compute,
         "logits (rough)": forward * 0.6 * shape.vocab_size * (compute + 8),
     }
+    steps = total_steps(len(examples), trainer)
+    if kept := _state_of_method(config, model, steps):
+        memory["the method's own state"] = kept
     return Estimate(
         trainable=trainable,
         parameters=parameters,
         examples=len(examples),
         tokens=tokens,
         longest=longest,
-        steps=total_steps(len(examples), trainer),
+        steps=steps,
         steps_per_epoch=steps_per_epoch(len(examples), trainer.effective_batch),
         memory=memory,
     )
+
+
+def _state_of_method(config: Config, model: PreTrainedModel, steps: int) -> int:
+    """Bytes of what the method keeps from step to step, such as AdaLoRA's scores."""
+    hooks, parameters = build_method(config).hooks, adapter_parameters(model)
+    hooks.start(parameters, torch.optim.AdamW(parameters.values()), steps)
+    leaves = tree_leaves(hooks.state_dict())
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def print_estimate(found: Estimate, embedded: bool) -> None:

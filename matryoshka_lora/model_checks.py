@@ -319,18 +319,20 @@ def _calls(model: PreTrainedModel, p: Tensor) -> Iterator[Calls]:
     """What `AdapterLinear.scaled` gives with the diagonal `p` for each input in a block.
 
     p: as `AdapterLinear` takes it. The forwards themselves keep the diagonals that they have, so
-    that an input that `p` does not fit is noted (no rows) instead of ending them.
+    that an input that `p` does not fit is noted (no rows) instead of ending them. Gates are left
+    out: where they start at 0, a wrong entry of `p` would not show.
     """
     calls: Calls = defaultdict(list)
 
     def note(name: str, layer: AdapterLinear, x: Tensor) -> None:
-        before, layer.p = layer.p, p
+        before, gate = layer.p, layer.lora_gate
+        layer.p, layer.lora_gate = p, None
         try:
             scaled = layer.scaled(x).detach().flatten(0, -2).double()
         except (RuntimeError, IndexError):
             scaled = p.new_zeros(0, layer.rank, dtype=torch.float64)
         finally:
-            layer.p = before
+            layer.p, layer.lora_gate = before, gate
         calls[name].append(scaled)
 
     handles = [

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from matryoshka_lora.cli import option, run_script
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import RULES
 from matryoshka_lora.export import export_merged, export_peft
 from matryoshka_lora.loading import read_run
 
@@ -24,7 +25,7 @@ class Options:
     run: str = option(MISSING, "folder of the run")
     rank: int = option(MISSING, "the rank to read the adapter at")
     out: str = option(MISSING, "folder to write")
-    rule: str = option("prefix", "the rule to read it by: prefix, trained or svd")
+    rule: str = option("prefix", f"the rule to read it by: {', '.join(RULES)}")
     format: str = option(
         "peft",
         "a plain PEFT adapter, or a whole transformers model",

@@ -129,6 +129,10 @@ def test_the_papers_recipe(tmp_path):
         ("method=nested_dropout method.weights=[0,0,0,0,0,0]", "positive sum"),
         ("method=nested_matryoshka method.weights=[1,2]", "2 values for the 6 trained sub-ranks"),
         ("method=nested_matryoshka method.decay=nan", "method.decay=nan must be 0 or a positive"),
+        (
+            "method=nested_matryoshka method.decay=100",
+            "method.decay=100.0 is too large: .*at adapter.rank=32; choose a smaller",
+        ),
         ("method=nested_matryoshka method.decay=-1", "method.decay=-1.0 must be 0 or a positive"),
         ("method=adalora method.target_rank=33", "target_rank=33 must be 1 to adapter.rank=32"),
         ("method=adalora method.target_rank=0", "target_rank=0 must be 1 to adapter.rank=32"),
@@ -263,6 +267,20 @@ def test_settings_of_other_methods_are_refused(tmp_path, caplog, overrides, mess
         (
             "method=nested_dropout adapter.train_ranks=[32] method.weights=[1]",
             "there is one trained sub-rank, 32",
+        ),
+        (
+            "method=nested_matryoshka adapter.train_ranks=[32] method.weights=[1]",
+            "there is one trained sub-rank, 32",
+        ),
+        (
+            "method=matryoshka adapter.train_ranks=[16] method.normalise=mean",
+            "there is one trained sub-rank, 16",
+        ),
+        ("method=matryoshka adapter.train_ranks=[8,32] method.normalise=mean", None),
+        ("method=adalora method.mask_every=5", None),
+        (
+            "method=adalora adapter.rank=8 method.mask_every=5",
+            "method.target_rank=8 keeps all components",
         ),
         ("method=dylora adapter.train_ranks=[8,32] method.weights=[1,2]", None),
         ("method=dylora method.independent=true", "method.draw=step draws one rank a step"),

@@ -207,6 +207,27 @@ def test_each_layer_is_exported_at_its_own_rank(tmp_path: Path, base: Path, meth
             export_peft(run, 2, "prefix", tmp_path / "no")
 
 
+@pytest.mark.parametrize("method", ["sora", "lora"])
+def test_an_adapter_that_is_zero_everywhere_is_not_exported(
+    tmp_path: Path, base: Path, method: str
+) -> None:
+    """As SoRA leaves it where the sparsity turns every gate off, and LoRA before its first step."""
+    folder = make_run(tmp_path / "run", base, method, "none")
+    run = read_run(folder)
+    model = adapted(run.config, base)
+    load_adapter(folder / "adapter.safetensors", model)
+    for name, parameter in adapter_parameters(model).items():
+        if name.endswith("lora_gate" if method == "sora" else "lora_B"):
+            parameter.data.zero_()
+    if method == "sora":
+        set_importance(model, {name: torch.zeros(RANK) for name in adapter_layers(model)})
+    save_adapter(folder / "adapter.safetensors", model, adapter_facts(run.record.model, "01234567"))
+    for rule in ("trained", "svd", "global"):
+        with pytest.raises(UserError, match=f"nothing to export: at rank {RANK} under rule {rule}"):
+            export_peft(run, RANK, rule, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_peft_that_cannot_carry_an_adapter_is_refused(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "base"
     torch.manual_seed(0)

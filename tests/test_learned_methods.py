@@ -129,6 +129,18 @@ def test_the_budget_is_kept_however_few_steps_there_are():
         assert hooks.last < steps
 
 
+@pytest.mark.parametrize(("steps", "settle"), [(1, 0.0), (2, 0.3), (4, 0.9)])
+def test_a_training_of_few_steps_keeps_the_target(tmp_path, steps, settle):
+    """Without scores all components would be equal, and all of them masked."""
+    config = make_config("adalora", max_steps=steps)
+    config.method.target_rank, config.method.warmup, config.method.settle = 2, 0.0, settle
+    hooks = build_method(config).hooks
+    model, _, _ = train(tmp_path, config, hooks=hooks)
+    gates = torch.stack([layer.lora_gate for layer in adapter_layers(model).values()])
+    assert hooks.last == (1 if steps == 2 else 0)
+    assert int((gates != 0).sum()) == 2 * len(gates)
+
+
 def test_soras_proximal_step_by_hand():
     gate = torch.nn.Parameter(torch.tensor([0.5, -0.5, 0.02, -0.02, 0.0, 0.031]))
     hooks = SoftThreshold(sparsity=3.0)
@@ -139,6 +151,12 @@ def test_soras_proximal_step_by_hand():
     assert gate.tolist() == pytest.approx(expected, abs=1e-7)
     importance = hooks.importance()["x"].tolist()
     assert importance == pytest.approx([abs(g) * 2 * i * 3 for i, g in enumerate(expected, 1)])
+    A, B = (torch.sin(torch.arange(n) * 1.7).bfloat16() for n in (24, 54))
+    half = {"x.lora_A": A.view(6, 4), "x.lora_B": B.view(9, 6), "x.lora_gate": gate}
+    hooks.start(half, None, 1)
+    found = hooks.importance()["x"]  # not rounded to half precision, where components become equal
+    hooks.start({name: x.float() for name, x in half.items()}, None, 1)
+    assert torch.equal(found, hooks.importance()["x"])
 
 
 @pytest.mark.parametrize("method", ["adalora", "sora"])

@@ -1,5 +1,6 @@
 """What training or evaluation would get wrong with a base model is refused before training."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -154,6 +155,25 @@ def test_lm_head_sees_kept_rows_only():
     add_adapters(model, SPEC, ["q_proj", "lm_head"])
     check(model, packed=True, many_padded=True)  # one rank at a time, or all tokens
     with pytest.raises(UserError, match=r"adapter\.targets names lm_head, .*packed rows"):
+        check(model, packed=True, many_packed=True)
+
+
+@pytest.mark.parametrize("gate", [None, 1.0, 0.0])
+def test_a_layer_that_sees_tokens_in_another_order_is_refused(gate):
+    """Also where a gate that starts at 0, as AdaLoRA's does, hides what the layer applied."""
+    model = small_llama()
+    add_adapters(model, dataclasses.replace(SPEC, gated=gate is not None), TARGETS)
+    layers = adapter_layers(model)
+    gates = {name: layer.lora_gate for name, layer in layers.items()}
+    for own in gates.values():
+        if own is not None:
+            own.data.fill_(gate)
+    check(model, packed=True, many_packed=True, many_padded=True)
+    assert all(layer.lora_gate is gates[name] for name, layer in layers.items())
+    name, layer = next((name, layer) for name, layer in layers.items() if "down_proj" in name)
+    layer.register_forward_pre_hook(lambda layer, args: (args[0].flip(1),))
+    layer.register_forward_hook(lambda layer, args, y: y.flip(1))
+    with pytest.raises(UserError, match=rf"names down_proj, .*packed rows.*{name} and 0 more"):
         check(model, packed=True, many_packed=True)
 
 

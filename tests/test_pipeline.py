@@ -255,6 +255,19 @@ def test_a_dry_run_counts_and_stops(tmp_path, model, rank, count, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_counts_what_the_method_keeps(tmp_path, capsys):
+    """AdaLoRA's M and U, as large as the factors each."""
+    options = "dataset=arithmetic trainer.dry_run=true adapter.rank=256"
+    memory = {}
+    for method in ("adalora", "sora"):
+        run_here(tmp_path, f"method={method}", *options.split())
+        lines = re.findall(r"memory, (.*): (.*) GiB", capsys.readouterr().out)
+        memory[method] = {what: float(size) for what, size in lines}
+    kept = memory["adalora"].pop("the method's own state")
+    assert kept == pytest.approx(memory["adalora"]["factors, gradients, AdamW"] / 2, abs=0.01)
+    assert all(memory[name].keys() == memory["adalora"].keys() for name in memory)
+
+
 def test_held_out_loss(tmp_path):
     record = run(small_config(tmp_path, dataset__validation=0.2, eval__tasks=[]))
     rows = [row for row in record.rows if row.task == "validation"]

@@ -12,6 +12,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_pipeline import SMALL, records, train
+from test_training import eventful, factors
+from test_training import train as fit_here
+
+from matryoshka_lora.config import build_method
+from matryoshka_lora.methods import METHODS
 
 CPU2 = ROOT / "configs" / "accelerate" / "cpu2.yaml"
 
@@ -182,7 +187,7 @@ def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
 RESUMED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_training import factors, make_config, make_examples, make_model
+from test_training import eventful, factors, make_examples, make_model, relative
 from pathlib import Path
 from accelerate import Accelerator
 from matryoshka_lora.config import build_method
@@ -199,13 +204,13 @@ def fitted(folder, config):
     return torch.cat([factors(model), *(x.double() for x in method.hooks.importance().values())])
 
 for name in METHODS:
-    config = make_config(name, max_steps=9, save_every=2)
-    config.method.frozen, config.method.target_rank, config.method.mask_every = True, 2, 1
+    config = eventful(name)
     folder = Path(sys.argv[2]) / name
     whole = fitted(folder / "whole", config)
     other = whole.clone()
     torch.distributed.broadcast(other, 0)
     assert torch.equal(whole, other), name
+    assert relative(whole, torch.load(folder / "alone" / "factors.pt")) < 1e-4, name
     checkpoints = sorted((folder / "whole" / "checkpoints").glob("*.pt"))
     assert [path.name for path in checkpoints] == ["step-00000006.pt", "step-00000008.pt"]
     accelerator.wait_for_everyone()
@@ -218,5 +223,11 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_every_method_resumes_bit_for_bit_on_two_processes(tmp_path):
+def test_every_method_on_two_processes_is_that_of_one_and_resumes_bit_for_bit(tmp_path):
+    for name in METHODS:
+        config, folder = eventful(name), tmp_path / name / "alone"
+        hooks = build_method(config).hooks
+        model, _, _ = fit_here(folder, config, hooks=hooks)
+        importance = [x.double() for x in hooks.importance().values()]
+        torch.save(torch.cat([factors(model), *importance]), folder / "factors.pt")
     both_print_equal(tmp_path, RESUMED)

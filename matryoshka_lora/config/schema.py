@@ -249,7 +249,7 @@ class TrainerConfig:
         ),
     )
     clip_norm: float = setting(1.0, "largest gradient norm", "adapter")
-    weight_decay: float = setting(0.0, "AdamW's, on the factors", "adapter")
+    weight_decay: float = setting(0.0, "AdamW's, on factors and gates", "adapter")
     packed: bool = setting(
         True, "documents share a row without padding; false: padded rows", "nothing"
     )

@@ -23,12 +23,21 @@ EPSILON = 1e-5
 """PEFT divides by R plus this."""
 
 
+def nothing_to_mask(shape: AdapterShape, settings: "Settings") -> str | None:
+    """`idle` of a setting that says when components are masked."""
+    if settings.target_rank < shape.rank:
+        return None
+    return f"method.target_rank={settings.target_rank} keeps all components"
+
+
 @dataclass(frozen=True)
 class Settings:
     target_rank: int = setting(8, "components a layer keeps on average at the end; R keeps all")
-    warmup: float = setting(0.1, "share of the steps before the first component is masked")
+    warmup: float = setting(
+        0.1, "share of the steps before the first component is masked", idle=nothing_to_mask
+    )
     settle: float = setting(0.3, "share of the steps after the last one is")
-    mask_every: int = setting(10, "steps between two maskings")
+    mask_every: int = setting(10, "steps between two maskings", idle=nothing_to_mask)
     orthogonality: float = setting(0.5, "weight of the penalty for A and B not orthogonal")
     beta1: float = setting(0.85, "smoothing of the sensitivity |w g|")
     beta2: float = setting(0.85, "smoothing of its uncertainty")
@@ -125,7 +134,8 @@ class RankAllocator(Hooks):
 
     @torch.no_grad()
     def after_update(self, step: int, lr: float) -> None:
-        if step < self.last:
+        # The masking of the first step, where it is the last one, needs scores too.
+        if step < max(self.last, 1):
             self._observe()
         budget = self.budget(step)
         if step > self.last:

@@ -39,7 +39,7 @@ def setting(
 
 
 def nothing_to_draw(shape: "AdapterShape", settings: Any) -> str | None:
-    """`idle` of a setting that says how trained sub-ranks are drawn."""
+    """`idle` of a setting that says how several trained sub-ranks are drawn or put together."""
     if len(shape.train_ranks) > 1:
         return None
     return f"there is one trained sub-rank, {shape.train_ranks[0]}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from matryoshka_lora.core.diagonals import prefix_diagonal
-from matryoshka_lora.methods.base import AdapterShape, Method, register, setting
+from matryoshka_lora.methods.base import AdapterShape, Method, nothing_to_draw, register, setting
 from matryoshka_lora.methods.matryoshka import DECAY, decreasing_diagonal
 
 
@@ -14,7 +14,7 @@ from matryoshka_lora.methods.matryoshka import DECAY, decreasing_diagonal
 class Settings:
     decay: float | None = setting(None, DECAY)
     weights: list[float] | None = setting(
-        None, "odds of each trained sub-rank; null: the method's own"
+        None, "odds of each trained sub-rank; null: the method's own", idle=nothing_to_draw
     )
 
 

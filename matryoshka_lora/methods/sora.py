@@ -56,8 +56,10 @@ class SoftThreshold(Hooks):
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
-        """|g_i| ||a_i|| ||b_i|| of each component."""
+        """|g_i| ||a_i|| ||b_i|| of each component, in float32 whatever the factors are in."""
         return {
-            layer: own["lora_gate"].abs() * own["lora_A"].norm(dim=1) * own["lora_B"].norm(dim=0)
+            layer: own["lora_gate"].abs()
+            * own["lora_A"].float().norm(dim=1)
+            * own["lora_B"].float().norm(dim=0)
             for layer, own in by_layer(self.parameters).items()
         }
