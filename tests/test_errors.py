@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
         (rb'{"question": "a \ud800"}', r"not text at line 2: .*ud800.* is half a character"),
         (b"[" * 100_000, "not readable from line 2 on: it is nested too deeply"),
         (b"1" * 5000, "not readable from line 2 on: Exceeds the limit"),
+        (b'{"a": 1, "a": 2}', "not readable from line 2 on: an object has the key 'a' twice"),
         (b"garbage", "not JSON at line 2: Expecting value"),
         (b"\xff", "not UTF-8 text at line 2: invalid start byte"),
     ],
