@@ -185,7 +185,10 @@ GOOD = json.dumps(RECORDS[0])
         ({"train.jsonl": f"{GOOD}\n{{oops\n"}, "is not JSON at line 2"),
         ({"train.jsonl": f"{GOOD}\n[1]\n"}, "line 2: expected an object"),
         ({"train.jsonl": f'{GOOD}\n{{"question": "x"}}\n'}, "record 2: field 'answer' is missing"),
-        ({"train.jsonl": '{"question": "x", "answer": 3}'}, "'answer' is missing, empty or not text: '3'"),
+        (
+            {"train.jsonl": '{"question": "x", "answer": 3}'},
+            "'answer' is missing, empty or not text: '3'",
+        ),
         ({"train.jsonl": GOOD, "train.json": f"[{GOOD}]"}, "train.jsonl and train.json; leave one"),
         ({"train.json": '{"a": 1}'}, "expected a list"),
         ({"train.json": "oops"}, "is not JSON"),
