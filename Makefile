@@ -23,7 +23,8 @@ GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
 .PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
-        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-sweep
+        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-scaling \
+        benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -68,13 +69,21 @@ reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded d
 reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
 
-reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2; DRY=1 only plans
+# One after the other; each goes on where it was stopped.
+reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations; DRY=1 only plans
 	$(BIN)/python scripts/prepare_smollm2.py
-	$(BIN)/python scripts/reproduce.py smollm2 model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=search model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=final model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_training.py $(ARGS)
+
+benchmark-scaling: setup ## tokens/s on 1, 2 and 4 GPUs of this host
+	$(BIN)/python scripts/benchmark_scaling.py $(ARGS)
 
 benchmark-sweep: setup ## the rank sweep against lm-eval's HF backend; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_sweep.py $(ARGS)

@@ -25,6 +25,7 @@ from matryoshka_lora.core.layer import AdapterLinear
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
+from matryoshka_lora.evaluation.engines.protocol import Request
 from matryoshka_lora.evaluation.sweep import unchanged_random_state
 from matryoshka_lora.evaluation.tasks import EvalTask
 from matryoshka_lora.inputs import Tokens
@@ -53,11 +54,14 @@ def check_model(
 ) -> HFLM | None:
     """Raise UserError for what training or evaluation as configured would get wrong or refuse.
 
-    Makes the requests of the tasks; returns the `harness_lm` that they were made for, None without
-    tasks. All processes must call it with the same arguments.
+    tokens: without examples where nothing is trained. Makes the requests of the tasks; returns the
+    `harness_lm` that they were made for, None without tasks. All processes must call it with the
+    same arguments.
     """
+    trains, documents = bool(tokens.train), tokens.train
     with unchanged_random_state(), evaluation_mode(model), torch.no_grad():
-        _check_examples(model, [*tokens.train, *tokens.held_out])
+        if trains:
+            _check_examples(model, [*tokens.train, *tokens.held_out])
         lm = None
         if tasks:
             make_engine(
@@ -70,18 +74,26 @@ def check_model(
             )
             lm = harness_lm(model, tokens.tokenizer)
             _check_requests(config, model, tasks, lm)
+            documents = documents or _shown(tasks[0].requests(lm))
         method = build_method(config)
-        trains_many = len(method.diagonals) > 1 and method.draw != "step"
+        trains_many = trains and len(method.diagonals) > 1 and method.draw != "step"
         answers_many = bool(tasks) and config.eval.engine == "batched"
-        probe(
-            model,
-            tokens.train,
-            packed=config.trainer.packed or answers_many,
-            many_packed=answers_many or (config.trainer.packed and trains_many),
-            many_padded=trains_many and not config.trainer.packed,
-            decodes=answers_many,
-        )
+        if documents:
+            probe(
+                model,
+                documents,
+                packed=(trains and config.trainer.packed) or answers_many,
+                many_packed=answers_many or (config.trainer.packed and trains_many),
+                many_padded=trains_many and not config.trainer.packed,
+                decodes=answers_many,
+            )
     return lm
+
+
+def _shown(requests: Sequence[Request]) -> list[Example]:
+    """The ends of the two longest requests: their beginnings may be the same shots."""
+    found = sorted(((*r.context, *r.target) for r in requests), key=len)[-2:]
+    return [Example(tokens[-max(PROBE_TOKENS) :], 1) for tokens in found]
 
 
 def _check_examples(model: PreTrainedModel, examples: Sequence[Example]) -> None:

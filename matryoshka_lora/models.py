@@ -30,6 +30,9 @@ SHAPES = ASSETS / "shapes"
 PROVENANCE = "provenance.json"
 """How a local folder was made."""
 
+OLD_BUFFERS = ("inv_freq", "_cached", "position_ids", "masked_bias", "attn.bias", "attention.bias")
+"""Ends of names of position tables and causal masks, which old files hold and no model reads."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -106,7 +109,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                     shape, dtype=dtype, trust_remote_code=config.trust_remote_code
                 )
     else:
-        with _reading(config, source):
+        with _reading(config, source), _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
@@ -202,23 +205,48 @@ def _reading(config: ModelConfig, source: str) -> Iterator[None]:
         raise UserError(unreachable(config, source, error)) from error
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Hides transformers' table of weights that do not fit; `_check_weights` says it in a line."""
+    reporting = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reporting.addFilter(is_other)
+    try:
+        yield
+    finally:
+        reporting.removeFilter(is_other)
+
+
 def _shape_file(config: ModelConfig) -> Path:
     return SHAPES / f"{short_name(config.name)}.json"
 
 
 def _check_weights(source: str, found: Mapping[str, Any]) -> None:
-    """Raises UserError where weights that the shape announces would be random.
+    """Raises UserError where weights would be random or left out.
 
-    Weights that have no place in the shape are named by transformers itself.
+    found: what transformers says of its loading, in which tied weights and what a class of models
+    is known to leave out are no problems.
     """
-    problems = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
-    for what, entries in problems.items():
-        if entries:
-            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
-            raise UserError(
-                f"model {source}: {len(names)} weights that its config.json announces are {what}, "
-                f"such as {names[0]}; restore weights and config.json of one model"
-            )
+    problems = {
+        "missing": found["missing_keys"],
+        "of another shape": [entry[0] for entry in found["mismatched_keys"]],
+        "without a place": [
+            name for name in found["unexpected_keys"] if not name.endswith(OLD_BUFFERS)
+        ],
+    }
+    named = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    ]
+    if named:
+        raise UserError(
+            f"model {source}: its weights are not those that its config.json announces: "
+            f"{'; '.join(named)}; restore weights and config.json of one model"
+        )
 
 
 def _check_finite(source: str, model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.comparison import note_run
-from matryoshka_lora.config import VALIDATION, Config, build_method, wanted_points
+from matryoshka_lora.config import VALIDATION, Config, build_method, recorded, wanted_points
 from matryoshka_lora.core.adapter import adapter_view, set_importance
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import check_writable, write_atomically
@@ -143,14 +143,22 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
         load_factors(trained, model)
+        untrained = Tokens(tokenizer, [], [], {}, embedded=False)
+        lm = check_model(config, model, untrained, flat(tasks), accelerator)
         evaluate(
             *(config, model, tokenizer, tasks, [], fingerprints_of(tasks)),
-            *(record, trained.folder, accelerator),
+            *(record, trained.folder, accelerator, lm),
         )
         if not accelerator.is_main_process:
             return None
         own = dataclasses.replace(recorded.config, model=config.model)
-        if record.status == "finished" or _is_complete(record, own):
+        held_out = {VALIDATION: record.data.get("held_out_fingerprint", "")}
+        if not has_points(record, wanted_points(own, held_out)):
+            logger.warning(
+                "the loss on held-out records is not computed here, where no training data is "
+                "read; the command that trained the run does so"
+            )
+        if record.status == "finished" or _is_complete(record, own, held_out):
             record.status, record.error = "finished", None
         write_record(trained.folder.record, record)
         report(record, trained.folder)
@@ -274,10 +282,12 @@ def evaluate(
         additions.finish(wanted_points(config, fingerprints), truncated_prompts=truncated)
 
 
-def _is_complete(record: Record, own: Config) -> bool:
-    """Whether the record has every point that its own config asks for, on today's documents."""
-    fingerprints = fingerprints_of(load_own_and_harness_tasks(own))
-    fingerprints[VALIDATION] = record.data.get("held_out_fingerprint", "")
+def _is_complete(record: Record, own: Config, held_out: dict[str, str]) -> bool:
+    """Whether the record has every point that its own config asks for, on today's documents.
+
+    held_out: the fingerprint of its held-out records, as `wanted_points` takes it.
+    """
+    fingerprints = fingerprints_of(load_own_and_harness_tasks(own)) | held_out
     return has_points(record, wanted_points(own, fingerprints))
 
 
@@ -321,7 +331,7 @@ def _start_record(
     fresh = Record(
         status="training",
         name=str(folder.path.relative_to(runs_root(config))),
-        config=dataclasses.asdict(config),
+        config=recorded(config),
         run_hash=inputs.run_hash,
         model=inputs.model,
         data=inputs.data | tokens.facts,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -170,12 +171,14 @@ def merge_entry(folder: Path, benchmark: str, key: str, entry: Mapping[str, Any]
     Returns all entries, so that one file holds several machines.
     """
     path = folder / f"{benchmark}.json"
-    entries = read_entries(folder, benchmark)
     where = environment()
-    entries[f"{key} on {where['device']['name']}"] = {**entry, **where}
-    entries = dict(sorted(entries.items()))
-    content = {"schema": SCHEMA, "benchmark": benchmark, "entries": entries}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{benchmark}.lock"):  # two shapes may be measured side by side
+        entries = read_entries(folder, benchmark)
+        entries[f"{key} on {where['device']['name']}"] = {**entry, **where}
+        entries = dict(sorted(entries.items()))
+        content = {"schema": SCHEMA, "benchmark": benchmark, "entries": entries}
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return entries
 
 

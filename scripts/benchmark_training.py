@@ -2,13 +2,16 @@
 
     python scripts/benchmark_training.py                            every shape of this machine
     python scripts/benchmark_training.py shape=llama3_8b rank=32    one shape, in this process
+    torchrun --nproc_per_node 4 scripts/benchmark_training.py shape=llama3_8b baselines=[] steps=60
 
-Real shapes with random weights, GSM8K's lengths, random token ids, effective batch 32, the same
-examples in the same order for all, the first steps left out. Tokens are real ones: padding does not
-count. Each shape adds one entry to `<output>/training.json`, and the table `<output>/training.md`
-is written anew. Without a GPU the embedded shape stands in, which says nothing about large models.
+Real shapes with random weights, GSM8K's lengths, random token ids, effective batch 32 (on several
+processes 32 each), the same examples in the same order for all, the first steps left out. Tokens
+are real ones: padding does not count. Each shape adds one entry to `<output>/training.json`, and
+the table `<output>/training.md` is written anew. Without a GPU the embedded shape stands in, which
+says nothing about large models.
 """
 
+import contextlib
 import gc
 import logging
 import tempfile
@@ -81,7 +84,7 @@ BASELINES = {
 }
 REFERENCE = "peft 8x4"
 BASELINE_WARMUP = 5  # nothing is compiled or captured
-SAMPLES, EFFECTIVE_BATCH, SEED = 7473, 32, 0
+SAMPLES, EFFECTIVE_BATCH, EPOCHS, SEED = 7473, 32, 20, 0
 LR = 1e-6  # random weights must not run away in the thousand steps this may take
 NOTE = """\
 Training speed, random weights, GSM8K's lengths, effective batch 32 (`make benchmark-training`).
@@ -106,6 +109,9 @@ class Options:
     )
     seconds: float = option(60.0, "of steady state of the first method")
     others: float = option(15.0, "likewise of the other methods and of the baselines")
+    steps: int | None = option(
+        None, "so many instead of `seconds` and `others`; several processes need it"
+    )
     warmup: int = option(10, "steps left out at the beginning; of a baseline 5 at most")
     compile: bool = option(True, "trainer.compile, where there is a GPU")
     cuda_graphs: bool = option(False, "trainer.cuda_graphs, where there is a GPU")
@@ -121,17 +127,20 @@ def check(options: Options) -> None:
         raise UserError(
             "give at least one method, seconds and others above 0 and a warmup of 1 or more"
         )
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"steps={options.steps} must be 1 or more")
 
 
 @dataclass
 class Clock:
-    """Measures the steps after the first `warmup` until `seconds` are full."""
+    """Measures the steps after the first `warmup`: `steps` of them, or until `seconds` are full."""
 
     device: torch.device
     tokens: Sequence[int]
     """Of each step."""
     warmup: int
     seconds: float
+    steps: int | None = None
     graphs: bool = False
     began: float = field(default_factory=time.perf_counter)
     first: int = 0
@@ -139,9 +148,7 @@ class Clock:
 
     def tick(self, queued: int) -> dict[str, Any] | None:
         """To be called when `queued` steps were handed to the device; the figures at the end."""
-        if queued < self.warmup or (
-            self.first and time.perf_counter() - self.started < self.seconds
-        ):
+        if queued < self.warmup or (self.first and not self._is_over(queued)):
             return None
         synchronize(self.device)
         now = time.perf_counter()
@@ -157,6 +164,11 @@ class Clock:
             "peak_gib": peak_gib(self.device, self.graphs),
         }
 
+    def _is_over(self, queued: int) -> bool:
+        if self.steps is None:
+            return time.perf_counter() - self.started >= self.seconds
+        return queued - self.first >= self.steps
+
 
 class _Measured(Exception):
     """Ends a training that goes on for longer than is needed."""
@@ -165,25 +177,30 @@ class _Measured(Exception):
 def measure_ours(
     config: Config, examples: Sequence[Example], clock: Clock, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """This project's own loop, as `train.py` runs it."""
+    """This project's own loop, as `train.py` runs it. Only the main process has the figures."""
     model = load_model(config.model, clock.device)
     spec = adapter_spec_of(config)
     add_adapters(model, spec, LLAMA_TARGETS, dtype=DTYPES[config.adapter.dtype])
     fill_factors(model)
     clock.began = time.perf_counter()
 
+    found: dict[str, Any] = {}
+
     def on_step(row: dict[str, Any]) -> None:
         # A row is read when the step after it was handed out.
-        if figures := clock.tick(row["step"] + 2):
-            raise _Measured(figures)
+        if not found and (figures := clock.tick(row["step"] + 2)):
+            found.update(figures)
+            if clock.steps is None:
+                raise _Measured
 
+    if clock.steps is not None:  # all processes end at the same step, the last is not read
+        config.trainer.max_steps = clock.warmup + clock.steps + 2
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            method = build_method(config)
+        method = build_method(config)
+        with contextlib.suppress(_Measured):
             fit(model, examples, method, config, Path(folder), accelerator, on_step)
-        except _Measured as measured:
-            return measured.args[0]
-    raise AssertionError("the training was too short to be measured")
+    assert found or not accelerator.is_main_process, "the training was too short to be measured"
+    return found
 
 
 def measure_peft(
@@ -272,9 +289,9 @@ def pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def ids_of(step: int) -> np.ndarray:
+def ids_of(step: int, processes: int = 1) -> np.ndarray:
     """The examples of a step, the same for all."""
-    return batch_ids(SEED, step, SAMPLES, EFFECTIVE_BATCH)
+    return batch_ids(SEED, step, SAMPLES, EFFECTIVE_BATCH * processes)
 
 
 def free() -> None:
@@ -290,12 +307,16 @@ def measure(options: Options) -> None:
     assert options.shape is not None
     name, dtype = SHAPES[options.shape]
     accelerator = make_accelerator()
-    device = accelerator.device
+    device, processes = accelerator.device, accelerator.num_processes
+    if processes > 1 and (options.steps is None or options.baselines):
+        # By the clock, one process would end while another waits for its gradients.
+        raise UserError(f"{processes} processes: give steps=... and baselines=[]")
     config = Config(seed=SEED)
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
     config.adapter.rank = options.rank
     trainer = config.trainer
-    trainer.lr, trainer.effective_batch, trainer.epochs = LR, EFFECTIVE_BATCH, 20
+    trainer.lr, trainer.epochs = LR, EPOCHS
+    trainer.effective_batch = EFFECTIVE_BATCH * processes
     trainer.save_every = 10**9
     if device.type == "cuda":
         trainer.compile, trainer.cuda_graphs = options.compile, options.cuda_graphs
@@ -304,13 +325,16 @@ def measure(options: Options) -> None:
     add_adapters(shape, adapter_spec_of(config), LLAMA_TARGETS)
     examples = random_examples(gsm8k_lengths(SAMPLES, SEED), shape.config.vocab_size, SEED)
     flops = training_flops(shape, examples)
-    steps = 20 * -(-SAMPLES // EFFECTIVE_BATCH)
-    tokens = [sum(len(examples[i].tokens) for i in ids_of(step)) for step in range(steps)]
+    steps = EPOCHS * -(-SAMPLES // trainer.effective_batch)
+    tokens = [
+        sum(len(examples[i].tokens) for i in ids_of(step, processes)) for step in range(steps)
+    ]
     ceiling = matmul_rate(device, DTYPES[dtype])
     logger.info("%s R=%d: matrix product %.1f TFLOP/s", name, options.rank, ceiling / 1e12)
     systems: dict[str, dict[str, Any]] = {}
     for index, system in enumerate([*options.methods, *options.baselines]):
-        clock = Clock(device, tokens, options.warmup, options.others if index else options.seconds)
+        seconds = options.others if index else options.seconds
+        clock = Clock(device, tokens, options.warmup, seconds, options.steps)
         try:
             if system in BASELINES:
                 clock.warmup = min(options.warmup, BASELINE_WARMUP)
@@ -323,28 +347,33 @@ def measure(options: Options) -> None:
             figures = {"error": str(error).splitlines()[0]}
         systems[system] = figures
         logger.info("%s: %s", system, figures)
+        free()
+        if not accelerator.is_main_process:
+            continue
         # System by system, so that what was measured stays, whatever becomes of the next.
         entry = {
             "options": settings_of(options),
+            "processes": processes,
             "matmul_flops": ceiling,
             "model_flops": flops,
             "systems": systems,
         }
-        entries = merge_entry(Path(options.output), "training", key_of(options), entry)
+        entries = merge_entry(Path(options.output), "training", key_of(options, processes), entry)
         table = write_table(Path(options.output), "training", entries, table_rows, NOTE)
-        free()
-    print(table)
+    if accelerator.is_main_process:
+        print(table)
 
 
-def key_of(options: Options) -> str:
+def key_of(options: Options, processes: int) -> str:
     """Which entry of the record a measurement is."""
-    return f"{options.shape}-r{options.rank}"
+    return f"{options.shape}-r{options.rank}" + (f"-x{processes}" if processes > 1 else "")
 
 
 def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row of the table for each system of an entry."""
     systems, flops = entry["systems"], entry["model_flops"]
     reference = systems.get(REFERENCE, {}).get("tokens_per_second")
+    ceiling = entry["matmul_flops"] * entry.get("processes", 1)
     rows = []
     for name, x in systems.items():
         speed = x.get("tokens_per_second")
@@ -355,7 +384,7 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "system": name,
                 "tokens/s": f"{speed:,.0f}" if speed else f"({x['error'].partition('.')[0]})",
                 f"x {REFERENCE}": f"{speed / reference:.2f}" if speed and reference else "",
-                "MFU": f"{100 * speed * flops / entry['matmul_flops']:.0f} %" if speed else "",
+                "MFU": f"{100 * speed * flops / ceiling:.0f} %" if speed else "",
                 "peak GiB": f"{gib:.1f}" if gib else "",
                 "start s": f"{x['start_seconds']:.0f}" if speed else "",
                 "steps": str(x.get("steps", "")),

@@ -31,12 +31,15 @@ def show_plan(
         for group in table.groups:
             seeds = ", ".join(map(str, group.seeds))
             rate = "the best lr" if group.lr is None else f"lr {group.lr:g}"
-            parts = [f"{rate}, seeds {seeds}: {_finished(group.final)}"]
+            parts = [f"{rate}, seeds {seeds}: {_finished(group.final)}"] if group.final else []
             if group.search:
                 tried = dict.fromkeys(f"{run.config.trainer.rate:g}" for run in group.search)
                 lrs = ", ".join(tried)
                 on = f"on seed {group.seeds[0]}: {_finished(group.search)}"
                 parts.insert(0, f"search lr {lrs} {on}")
+            if group.also:
+                tasks = ", ".join(group.also[0].config.eval.tasks)
+                parts.append(f"{tasks} on the first seed: {_finished(group.also)}")
             print(f"  {group.label:<28} {'; then '.join(parts)}")
     every = [run for table in tables for run in table.runs]
     todo = [run for run in every if run.finished() is None]

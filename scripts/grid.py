@@ -128,6 +128,12 @@ class Rates:
     at: Callable[[float], Run]
     """The candidate of a row at a rate."""
 
+    def add(self, *rates: float) -> bool:
+        """Try these, too; whether any is new."""
+        new = {*rates} - {*self.tried}
+        self.tried[:] = sorted({*self.tried, *new})
+        return bool(new)
+
 
 @dataclass
 class Group:
@@ -136,9 +142,11 @@ class Group:
     label: str
     seeds: list[int]
     trainings: list[Rates]
-    """What is searched, over the rates of each; without a search none."""
+    """What is searched, over the rates of each, the longest first; without a search none."""
     final_at: Callable[[int, float | None], list[Run]]
     """The seeds of a training, by its index, at a learning rate; None is not chosen yet."""
+    also_at: Callable[[int, float | None], list[Run]] = lambda training, lr: []
+    """Of these seeds those that are to be evaluated on more tasks, with all their tasks."""
     rule: str = ""
     ranks: list[int] = field(default_factory=list)
     """What the held-out loss is read by, the mean over ranks."""
@@ -156,28 +164,43 @@ class Group:
     def final(self) -> list[Run]:
         return self.final_at(self.training, self.lr)
 
-    def _best(self) -> tuple[int, float] | None:
+    @property
+    def also(self) -> list[Run]:
+        return self.also_at(self.training, self.lr)
+
+    def _best(self, trainings: Iterable[int]) -> tuple[int, float] | None:
+        """(training, rate) of the lowest held-out loss among all of these trainings."""
         return search.best(
             {
-                (index, lr): of.at(lr).held_out_loss(self.rule, self.ranks)
-                for index, of in enumerate(self.trainings)
-                for lr in of.tried
+                (index, lr): self.trainings[index].at(lr).held_out_loss(self.rule, self.ranks)
+                for index in trainings
+                for lr in self.trainings[index].tried
             }
         )
 
     def extend(self) -> bool:
-        """Add a rate beyond the best one if that is at an end; whether one was added."""
-        if not self.extends or (best := self._best()) is None:
+        """Add the rates that the candidates so far, once they have ended, ask for; whether any.
+
+        To the longest training one beyond its best rate while that is at an end. Then every shorter
+        one begins with that rate and the next above, and goes on upwards: it wants no lower rate.
+        """
+        if not self.extends or (best := self._best([0])) is None:
             return False
-        tried = self.trainings[best[0]].tried
-        if (rate := search.beyond(tried, best[1])) is None or rate in tried:
-            return False
-        tried[:] = sorted([*tried, rate])
-        return True
+        longest = self.trainings[0]
+        if (rate := search.beyond(longest.tried, best[1])) is not None and longest.add(rate):
+            return True
+        begins = [rate for rate in longest.tried if rate >= best[1]][:2]
+        added = [shorter.add(*begins) for shorter in self.trainings[1:]]
+        for index, shorter in enumerate(self.trainings[1:], start=1):
+            if (own := self._best([index])) is not None:
+                rate = search.beyond(shorter.tried, own[1])
+                added.append(rate is not None and rate > own[1] and shorter.add(rate))
+        return any(added)
 
     def choose(self) -> None:
         """Take the candidate of the lowest held-out loss, if every candidate has ended."""
-        if self.trainings and (best := self._best()) is not None:
+        every = range(len(self.trainings))
+        if self.trainings and (best := self._best(every)) is not None:
             self.training, self.lr = best
 
 
@@ -189,6 +212,8 @@ class Table:
     groups: list[Group]
     holds: Callable[[Record], bool]
     """Whether the grid, at the record's own values of the axes, gives just its run."""
+    search_alone: bool = False
+    """Whether the table is its search, without final runs: each row a training of its own."""
 
     def settle(self) -> None:
         """Extend every search that has ended at an end of its rates, and choose what can be."""
@@ -202,8 +227,29 @@ class Table:
         return merged(run for group in self.groups for run in group.search)
 
     @property
+    def search_name(self) -> str:
+        """Of the folder and the report of the search."""
+        return self.name if self.search_alone else f"{self.name}-search"
+
+    @property
+    def row_names(self) -> dict[str, str]:
+        """By run hash, of a table that is its search; empty for others, whose rows share runs."""
+        groups = self.groups if self.search_alone else []
+        return {
+            run.inputs.run_hash: group.label
+            for group in groups
+            for run in group.search
+            if run.inputs is not None
+        }
+
+    @property
     def final(self) -> list[Run]:
         return merged(run for group in self.groups for run in group.final)
+
+    @property
+    def also(self) -> list[Run]:
+        """Runs of `final` that are evaluated on more tasks, after all else."""
+        return merged(run for group in self.groups for run in group.also)
 
     @property
     def runs(self) -> list[Run]:
@@ -212,14 +258,16 @@ class Table:
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:
-    """Each training once, evaluated under all rules and at all ranks that any of its runs asks for.
+    """Each training once, evaluated under all rules, at all ranks and on all tasks that are asked.
 
     Two processes must not work in one folder.
     """
     found: dict[str, Run] = {}
     for run in runs:
         key = json.dumps(
-            run.settings | {"eval.rules": "", "eval.ranks": "", "lr": run.config.trainer.rate}
+            run.settings
+            | {"eval.rules": "", "eval.ranks": "", "eval.tasks": ""}
+            | {"lr": run.config.trainer.rate}
         )
         if run.inputs is not None:
             key = run.inputs.run_hash
@@ -231,9 +279,12 @@ def merged(runs: Iterable[Run]) -> list[Run]:
         if None not in asked:
             rules = [rule for rule in RULES if any(rule in (given or ()) for given in asked)]
         ranks = sorted({*mine.eval_ranks, *theirs.eval_ranks})
-        if (rules, ranks) != (theirs.eval.rules, theirs.eval_ranks):
-            evaluation = dataclasses.replace(theirs.eval, rules=rules, ranks=ranks)
+        tasks = list(dict.fromkeys([*theirs.eval.tasks, *mine.eval.tasks]))
+        if (rules, ranks, tasks) != (theirs.eval.rules, theirs.eval_ranks, theirs.eval.tasks):
+            evaluation = dataclasses.replace(theirs.eval, rules=rules, ranks=ranks, tasks=tasks)
             texts = {"eval.rules": text_of(rules), "eval.ranks": text_of(ranks)}
+            if tasks != theirs.eval.tasks:
+                texts["eval.tasks"] = text_of(tasks)
             found[key] = dataclasses.replace(
                 other,
                 settings=other.settings | texts,

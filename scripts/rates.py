@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 import search
-from evidence import read_evidence
+from evidence import folder_name, read_evidence
 from grid import Planner
 from omegaconf import OmegaConf
 from reproduce_options import CONFIGS
@@ -40,7 +40,9 @@ def main(options: Options) -> None:
     check_writable(output.absolute().parent, "output", "choose another file")
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted((CONFIGS / "evidence").glob("*.yaml")):
-        folder = Path(options.records) / f"{path.stem.replace('_', '-')}-search"
+        if not read_evidence(path).final:  # it tries changes, and no rates for use
+            continue
+        folder = Path(options.records) / f"{folder_name(path)}-search"
         records = [read_record(record) for record in find_records(folder, "*.json")]
         if not records:
             print(f"{folder} has no records; its model stays as it is")

@@ -11,7 +11,8 @@ trains with each of them on the first seed, with some training records held out,
 held-out loss wins (scripts/search.py); then all seeds train on all records. A subset of the grid,
 such as seeds=42, adds to the records of the table that are there, and the table is on all of them.
 Tables with a file in configs/evidence are lists of rows instead, each at its own learning rate
-(scripts/evidence.py); there, published records count as finished runs.
+(scripts/evidence.py); there, published records count as finished runs, and a third stage, `also`,
+evaluates some final runs on more tasks.
 """
 
 import logging
@@ -23,7 +24,7 @@ from estimate import show_plan
 from evidence import evidence_file, evidence_table
 from grid import Planner, Run, Table
 from publish import publish
-from reproduce_options import AXES, Options
+from reproduce_options import AXES, STAGES, Options
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome, Slot, find_slots, run_jobs
 from matryoshka_lora.cli import run_script
@@ -50,7 +51,7 @@ def main(options: Options) -> int:
         tables = planner.tables()
     for table in tables:
         table.settle()
-    output = Path(tables[0].groups[0].final[0].config.output_dir)
+    output = Path(tables[0].runs[0].config.output_dir)
     slots = [Slot("this machine", {})]
     if options.launcher == "gpu_queue":
         slots = find_slots(
@@ -63,20 +64,25 @@ def main(options: Options) -> int:
     if options.dry:
         return 0
     outcomes: dict[str, Outcome] = {}
-    if options.only != "final":
+    if options.only in (None, "search"):
         # A search that ends at an end of its rates has more to do.
         while todo := pending(tables, "search", outcomes):
-            outcomes |= run_all(todo, options, slots, output)
+            outcomes |= run_all(todo, options, slots, output, tables)
             for table in tables:
                 table.settle()
         for table in tables:
             if table.search:
-                publish(f"{table.name}-search", table.search, output, table.holds, options.prune)
-    if options.only != "search":
-        if todo := pending(tables, "final", outcomes):
-            outcomes |= run_all(todo, options, slots, output)
-        for table in tables:
-            publish(table.name, table.final, output, table.holds, options.prune)
+                name, names = table.search_name, table.row_names
+                publish(name, table.search, output, table.holds, options.prune, names)
+    for stage in ("final", "also"):
+        if options.only in (None, stage):
+            if todo := pending(tables, stage, outcomes if stage == "final" else {}):
+                outcomes |= run_all(todo, options, slots, output)
+            for table in tables:
+                if runs := getattr(table, stage):
+                    # What is evaluated on more stands last: its record has the most rows.
+                    runs = [*table.final, *runs] if stage == "also" else runs
+                    publish(table.name, runs, output, table.holds, options.prune)
     return report_failures(tables, outcomes, options)
 
 
@@ -87,17 +93,36 @@ def pending(tables: Sequence[Table], stage: str, tried: Mapping[str, Outcome]) -
 
 
 def run_all(
-    todo: Sequence[Run], options: Options, slots: Sequence[Slot], output: Path
+    todo: Sequence[Run],
+    options: Options,
+    slots: Sequence[Slot],
+    output: Path,
+    searched: Sequence[Table] = (),
 ) -> dict[str, Outcome]:
-    """How each run, or each job array of Slurm, ended, by its name."""
+    """How each run, or each job array of Slurm, ended, by its name.
+
+    searched: tables whose search goes on at once, where a run settles what is to be tried next.
+    """
     logs = output / "logs" / options.table
     if options.launcher == "submitit_slurm":
         jobs = slurm_jobs(todo, options)
         ended = run_jobs(jobs, [Slot("Slurm", {})] * len(jobs), TRAIN, logs)
         of_slurm = {outcome.job.name: outcome for outcome in ended}
         return of_slurm | {run.name: ended[0] for run in todo}
-    jobs = [Job(run.name, run.overrides) for run in todo]
-    ended = run_jobs(jobs, slots, TRAIN, logs, show=options.launcher == "local")
+    started = {run.name for run in todo}
+
+    def more(outcome: Outcome) -> list[Job]:
+        for table in searched:
+            table.settle()
+        new = [run for run in pending(searched, "search", {}) if run.name not in started]
+        started.update(run.name for run in new)
+        return [Job(run.name, run.overrides) for run in new]
+
+    # The longest first, so that none is left alone at the end.
+    ordered = sorted(todo, key=lambda run: -run.config.trainer.epochs)
+    jobs = [Job(run.name, run.overrides) for run in ordered]
+    show = options.launcher == "local"
+    ended = run_jobs(jobs, slots, TRAIN, logs, show=show, more=more if searched else None)
     return {outcome.job.name: outcome for outcome in ended}
 
 
@@ -133,9 +158,10 @@ def report_failures(
             if run.diverged():
                 logger.warning("%s, %s: %s", table.name, run.name, run.failure())
         for group in table.groups:
-            if group.lr is None:
+            found = table.search_alone and all(run.diverged() for run in group.search)
+            if group.lr is None and not found:
                 lines.append(f"{table.name}, {group.label}: no learning rate could be chosen")
-        stages = (options.only,) if options.only else ("search", "final")
+        stages = (options.only,) if options.only else STAGES
         for run in (run for stage in stages for run in getattr(table, stage)):
             if run.is_pending():
                 outcome = outcomes.get(run.name)
@@ -149,6 +175,7 @@ def report_failures(
     ]
     if not lines:
         return 0
+    lines = list(dict.fromkeys(lines))
     print("\nfailed; the same command goes on with these:", *lines, sep="\n  ", file=sys.stderr)
     return 1
 

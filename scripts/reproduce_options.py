@@ -13,7 +13,9 @@ from matryoshka_lora.config import Config
 from matryoshka_lora.core.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-TABLES = ("table2", "table3", "smollm2")
+# Those with a grid, and those with rows for one model.
+TABLES = ("table2", "table3", "smollm2", "smollm2_ablations", "smollm2_ideas", "smollm2_trials")
+STAGES = ("search", "final", "also")
 MODELS = tuple(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 LAUNCHERS = ("local", "gpu_queue", "submitit_slurm")
 # 5e-6 ... 1e-3 with one digit each; the paper's script leaves out 7e-4.
@@ -62,7 +64,7 @@ class Options:
     )
     limit: int | None = option(None, "only the first n documents of each task")
     rows: list[str] | None = option(None, "of configs/evidence/<table>.yaml; null: all")
-    only: str | None = option(None, "search or final; null: both", choices=("search", "final"))
+    only: str | None = option(None, "search, final or also; null: all", choices=STAGES)
     gpus: int | None = option(None, "GPUs, one job each; without any as many slots of the CPU")
     workers_per_gpu: int = option(1, "jobs that share a GPU")
     slots: int | None = option(None, "run on so many threads of the CPU, one job each")

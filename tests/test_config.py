@@ -24,6 +24,8 @@ from matryoshka_lora.config import (
     build_config,
     check_given,
     quote_texts,
+    read_config,
+    recorded,
     run_hash,
     typed_config,
     variant,
@@ -242,7 +244,11 @@ def test_a_folder_named_like_a_number(tmp_path):
 
 UNREAD = [
     ("method=lora method.frozen=true", "method.frozen is given, but method=lora", "only dylora"),
-    ("method.weights=[1,2]", "method=matryoshka does not read it", "only dylora, nested_dropout"),
+    (
+        "method=matryoshka method.weights=[1,2]",
+        "method=matryoshka does not read it",
+        "only dylora, nested_dropout",
+    ),
     ("method=nested_dropout +method.normalise=mean", "does not read it", "only matryoshka"),
 ]
 
@@ -304,6 +310,8 @@ OTHER_VALUES = {
     "method.draw": "sample",
     "method.weights": [6.0, 1, 1, 1, 1, 1],
     "method.decay": 0.5,
+    "method.weights_end": [6.0, 1, 1, 1, 1, 1],
+    "method.adam_beta2": 0.9,
     "method.warmup": 0.2,
     "method.settle": 0.2,
     "method.beta1": 0.9,
@@ -337,6 +345,13 @@ def changed(config, key):
     node = getattr(config, section) if section else config
     setattr(node, name, other_value(key, getattr(node, name)))
     return config
+
+
+def test_a_record_holds_no_settings_of_other_methods(tmp_path):
+    config = composed(tmp_path, "method=nested_matryoshka", "method.decay=0.5")
+    content = recorded(config)
+    assert content["method"]["decay"] == 0.5 and "target_rank" not in content["method"]
+    assert read_config(content, "record") == config
 
 
 def points_of(config):
@@ -389,8 +404,9 @@ def test_micro_batches_are_part_of_the_hash_only_where_each_draws_a_rank(tmp_pat
 
 
 def test_the_folder_of_a_run(tmp_path):
-    expected = "runs/arithmetic/tiny/matryoshka-r32-none/lr0.006-seed42-01234567"
-    assert run_path(composed(tmp_path), "01234567") == tmp_path / expected
+    expected = "runs/arithmetic/tiny/dylora-r32-none/lr0.006-seed42-01234567"
+    config = composed(tmp_path, "method=dylora", "trainer.lr=6e-3")
+    assert run_path(config, "01234567") == tmp_path / expected
 
 
 def test_help_lists_every_setting_and_group():
@@ -417,7 +433,7 @@ def test_help_lists_every_setting_and_group():
         ("adapter.rnak=3", "did you mean rank"),
         ("adapter.rank=abc", "abc"),
         ("adapter.rank=0", "not a positive integer"),
-        ("method.frozen=true", "method=matryoshka does not read it, only dylora"),
+        ("method.frozen=true", "method=nested_matryoshka does not read it, only dylora"),
     ],
 )
 def test_the_command_line_shows_one_line_and_exits_with_1(tmp_path, override, message):

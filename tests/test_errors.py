@@ -6,19 +6,21 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import small_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_records import record
 
 from matryoshka_lora import export, loading
-from matryoshka_lora.config import ModelConfig
+from matryoshka_lora.config import DatasetConfig, ModelConfig
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import CannotWrite, naming
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import HEADER, check_layers, read_adapter, save_adapter
 from matryoshka_lora.data.files import read_rows
+from matryoshka_lora.data.records import load_records
 from matryoshka_lora.evaluation.local_data import _read_split
 from matryoshka_lora.identity import generation_digest, model_identity
 from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
@@ -55,11 +57,19 @@ def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
         generation_digest(ModelConfig(path=str(tmp_path)))
 
 
-def test_a_document_of_other_types_is_named_with_its_line(tmp_path):
-    rows = [{"question": "5?", "answer": "#### 7"}, {"question": 5, "answer": 7}]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"test\.jsonl, line 2, field 'question': all documents"):
+@pytest.mark.parametrize("value", [5, ["5?"], {"x": 5}, 2**70])
+def test_a_document_of_other_types_is_named_with_its_line(tmp_path, value):
+    rows = [{"question": "5?", "answer": "#### 7"}] * 2 + [{"question": value, "answer": "7"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    with pytest.raises(UserError, match=r"test\.jsonl, line 3, field 'question': all documents"):
         _read_split(tmp_path, "test", {"question", "answer"})
+
+
+def test_a_nested_value_of_another_type_is_named_with_its_line(tmp_path):
+    rows = [{"choices": {"text": ["a"], "label": [label]}} for label in ("A", "B", 3, "D")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"test\.jsonl, line 3, field 'choices': all documents"):
+        _read_split(tmp_path, "test", {"choices"})
 
 
 def cut(path):
@@ -99,6 +109,68 @@ def test_a_damaged_base_model_is_named(tmp_path, name, damage):
         model_identity(config)
         load_tokenizer(config)
         load_model(config, CPU)
+
+
+def layers(count):
+    return lambda path: path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": count})
+    )
+
+
+def in_place(change):
+    def damage(path):
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", layers(3), r"9 without a place \(model\.layers\.3\..*, \.\.\.\); restore"),
+        ("config.json", layers(5), r"9 missing \(model\.layers\.4\..*, \.\.\.\); restore"),
+        (
+            "model.safetensors",
+            in_place(lambda w: w.update({"model.norm.weight": w["model.norm.weight"][:3].clone()})),
+            r"1 of another shape \(model\.norm\.weight\); restore",
+        ),
+        (
+            "model.safetensors",
+            in_place(lambda w: w.update({"model.norn.weight": w.pop("model.norm.weight")})),
+            r"1 missing \(model\.norm\.weight\); 1 without a place \(model\.norn\.weight\);",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_named(tmp_path, name, damage, message, capfd):
+    folder = tmp_path / "base"
+    shutil.copytree(EMBEDDED, folder)
+    damage(folder / name)
+    with pytest.raises(UserError, match=rf"{folder}: its weights are not those .* {message}"):
+        load_model(ModelConfig(path=str(folder)), CPU)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_buffers_and_tied_weights_in_a_file_are_no_mistake(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(EMBEDDED, folder)
+
+    def as_saved_once(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        for layer in range(4):
+            weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    in_place(as_saved_once)(folder / "model.safetensors")
+    load_model(ModelConfig(path=str(folder)), CPU)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    shape = transformers.GPTJConfig(
+        vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=4
+    )
+    transformers.GPTJForCausalLM(shape).save_pretrained(folder)
+    old = {"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": torch.ones(())}
+    in_place(lambda weights: weights.update(old))(folder / "model.safetensors")
+    load_model(ModelConfig(path=str(folder)), CPU)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +226,15 @@ def test_renamed_tensors_are_found_without_weights(tmp_path):
         file.state[name.replace("layers.0", "layers.9")] = file.state.pop(name)
     with pytest.raises(UserError, match=f"{path} does not fit the model: 2 tensors missing"):
         check_layers(path, file, model)
+
+
+def test_a_hub_that_is_out_of_reach_is_told_with_the_local_way():
+    """Also for a finished run, which is identified by what the hub holds."""
+    with pytest.raises(UserError, match=r"model some/base .* cannot be read.* model\.path=FOLDER"):
+        model_identity(ModelConfig(name="some/base"))
+    data = DatasetConfig(name="gsm8k", hub="some/data")
+    with pytest.raises(UserError, match=r"some/data .* cannot be read.* dataset\.path=FOLDER"):
+        load_records(data)
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "cpu:x"])

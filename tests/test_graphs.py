@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_model_checks import OPT, random_model
 from test_training import factors, make_config, make_examples, make_model, relative, train
 
 from matryoshka_lora.config import build_method
@@ -45,6 +46,17 @@ def test_filling_up_changes_neither_loss_nor_gradients(method):
         results.append((loss.item(), torch.cat([g.flatten() for g in grads])))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-12)
     assert relative(results[1][1], results[0][1]) < 1e-12
+
+
+def test_filling_up_stays_within_the_positions_that_the_model_embeds():
+    model = random_model("opt", ["q_proj"], **OPT)  # 32 of them
+    examples = [Example(tuple(range(3, 23)), 2), Example(tuple(range(9, 40)), 3)]
+    losses = []
+    for sizes in ((1, 1), (256, 512)):
+        batch = packed_batch(examples, np.zeros(1, int), sizes, 256)
+        with packed_attention(model), torch.no_grad():
+            losses.append(float(packed_loss(model, batch, torch.ones(1, 4), 256)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])

@@ -7,17 +7,18 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from test_model_checks import BART
 from test_pipeline import records, small_config
 from tiny_lm import word_problems, write_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from matryoshka_lora import identity, pipeline
 from matryoshka_lora.config import ModelConfig, read_config
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.identity import file_sha256, model_identity
 from matryoshka_lora.inputs import prepare
-from matryoshka_lora.models import EMBEDDED, load_model
+from matryoshka_lora.models import EMBEDDED, load_tokenizer
 from matryoshka_lora.pipeline import evaluate_run, run
 from matryoshka_lora.reporting import run_tables
 from matryoshka_lora.runs.earlier import find_run
@@ -104,20 +105,6 @@ def test_a_model_of_the_hub_is_its_commit_and_the_names_of_its_blobs(tmp_path, m
     assert found == local | {"revision": commit, "config_sha256": None}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_hidden_layers": 5}, r"9 weights .* are missing, such as model\.layers\.4"),
-        ({"intermediate_size": 1280}, r"12 weights .* are of another shape"),
-    ],
-)
-def test_weights_that_do_not_fit_the_config_are_refused(base, change, message):
-    path = base / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=message):
-        load_model(ModelConfig(name="me/mine", path=str(base)), torch.device("cpu"))
-
-
 def with_data(tmp_path, name, documents, seed, **changes):
     folder = tmp_path / name
     write_jsonl(folder / "test.jsonl", word_problems(documents, seed))
@@ -150,7 +137,7 @@ def test_other_documents_are_evaluated_anew_and_never_share_a_table(tmp_path, ca
     assert "this run is finished" in caplog.text
 
 
-def test_an_evaluation_that_failed_is_completed_by_evaluate(tmp_path, monkeypatch):
+def test_an_evaluation_that_failed_is_completed_by_evaluate(tmp_path, monkeypatch, caplog):
     config = with_data(tmp_path, "x", 3, 1, dataset__validation=0.1)
 
     def fail(*args, **options):
@@ -164,6 +151,7 @@ def test_an_evaluation_that_failed_is_completed_by_evaluate(tmp_path, monkeypatc
     # The held-out loss is there, but nothing has told so: train.py sees to it.
     found = evaluate_run(path.parent, config)
     assert found.status == "failed"
+    assert caplog.text.count("the loss on held-out records is not computed here") == 1
     assert not any(name.startswith("validation") for name in found.evaluation["finished"])
     # Without held-out records evaluate.py completes the run.
     plain = with_data(tmp_path, "x", 3, 1)
@@ -176,6 +164,26 @@ def test_an_evaluation_that_failed_is_completed_by_evaluate(tmp_path, monkeypatc
     assert (found.status, found.error) == ("finished", None) and set(map(repr, record.rows)) < set(
         map(repr, found.rows)
     )
+    assert caplog.text.count("the loss on held-out records is not computed here") == 1
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
+    """A base that runs alone but not packed was trained; evaluate.py is to mix its ranks."""
+    tokenizer = load_tokenizer(ModelConfig())
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "init_std": 0.3}
+    decoder = AutoConfig.for_model("bart", **BART | shape, forced_eos_token_id=None)
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(decoder).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    options = {"trainer__packed": False, "eval__engine": "hf", "model__path": str(base)}
+    config = with_data(tmp_path, "x", 1, 1, adapter__targets=["q_proj"], **options)
+    record = run(config)
+    folder = tmp_path / "out" / "runs" / record.name
+    config.eval.engine, config.eval.ranks = "batched", [1, 2]
+    monkeypatch.setattr(pipeline, "evaluate", None)
+    with pytest.raises(UserError, match=r"set trainer\.packed=false eval\.engine=hf"):
+        evaluate_run(folder, config)
+    assert read_record(folder / "record.json") == record
 
 
 def test_one_process_a_run(tmp_path):

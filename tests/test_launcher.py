@@ -77,6 +77,29 @@ def test_jobs_share_the_slots_and_a_failed_one_stops_nobody(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_outcomes_bring_more_jobs_also_to_slots_that_have_none(tmp_path):
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+
+    def job(name: str) -> Job:
+        return Job(name, (str(tmp_path / f"{name}.json"), "0.15"))
+
+    asked: list[str] = []
+
+    def more(outcome):
+        asked.append(outcome.job.name)
+        return [job("1"), job("2"), job("3")] if outcome.job.name == "0" else []
+
+    outcomes = run_jobs([job("0")], gpu_slots(2), script, tmp_path / "logs", more=more)
+    assert [o.job.name for o in outcomes] == ["0", "1", "2", "3"] and sorted(asked) == [*"0123"]
+    ran = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(1, 4)]
+    assert {r["gpu"] for r in ran} == {"0", "1"}
+    with pytest.raises(RuntimeError, match="no plan"):
+        run_jobs(
+            *([job("4"), job("5")], gpu_slots(2), script, tmp_path / "logs"),
+            more=lambda outcome: (_ for _ in ()).throw(RuntimeError("no plan")),
+        )
+
+
 def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_path):
     """The process is the same until it is killed, and the job that killed it gets another try."""
     script = tmp_path / "script.py"

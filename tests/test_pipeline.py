@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors.torch import load_file
+from tiny_lm import write_data
 
 from matryoshka_lora import pipeline, processes
 from matryoshka_lora.cli import exit_with_one_line
@@ -290,13 +293,14 @@ def test_the_command_ends_with_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def start(folder, *overrides):
+def start_command(*command):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), f"output_dir={folder}", *SMALL, *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+
+
+def start(folder, *overrides):
+    return start_command(str(ROOT / "train.py"), f"output_dir={folder}", *SMALL, *overrides)
 
 
 def wait_for(condition, process, seconds=120):
@@ -352,6 +356,58 @@ def test_kills_at_random_moments_lose_nothing_that_was_finished(tmp_path):
     lines = (path.parent / "samples" / "arithmetic_word_problems-0.jsonl").read_text().splitlines()
     keys = [(s["rank"], s["rule"], s["doc_id"]) for s in map(json.loads, lines)]
     assert len(keys) == len(set(keys))  # no point was evaluated twice
+
+
+def only_one_goes_on(processes):
+    """The one of two commands that has the lock; the other must have said so."""
+    until = time.monotonic() + 120
+    while all(process.poll() is None for process in processes):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    first, second = processes
+    refused, holder = (first, second) if second.poll() is None else (second, first)
+    _, errors = refused.communicate()
+    assert refused.returncode == 1 and "Traceback" not in errors
+    owner = rf"\(process {holder.pid} on {re.escape(socket.gethostname())}, since 20\d\d-"
+    assert re.search(rf"^error: .* is already running {owner}", errors, re.MULTILINE), errors
+    return holder
+
+
+@pytest.mark.slow
+def test_of_two_commands_at_once_one_works_and_a_killed_one_leaves_no_lock(tmp_path):
+    options = ("trainer.max_steps=3000", "trainer.save_every=5")
+    holder = only_one_goes_on([start(tmp_path, *options) for _ in range(2)])
+    wait_for(lambda: list(tmp_path.rglob("step-*.pt")), holder)
+    holder.kill()
+    holder.communicate()
+    again = start(tmp_path, *options)
+    (lock,) = tmp_path.rglob(".*.lock")
+    wait_for(lambda: f"process {again.pid} " in lock.read_text(), again)
+    (log,) = (tmp_path / "runs").rglob("train.jsonl")
+    before = len(log.read_text().splitlines())
+    wait_for(lambda: len(log.read_text().splitlines()) > before, again)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=60)
+    assert again.returncode == 130
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(len(steps)))
+
+    record = run(small_config(tmp_path / "evaluated"))
+    folder = tmp_path / "evaluated" / "runs" / record.name
+    data = write_data(tmp_path / "data")
+    commands = [
+        [str(ROOT / "scripts" / "evaluate.py"), f"run={folder}", f"eval.tasks=[{task}]"]
+        for task in ("gsm8k:0", "arc_challenge:0")
+    ]
+    started = [start_command(*command, f"eval.data_path={data}") for command in commands]
+    holder = only_one_goes_on(started)
+    _, errors = holder.communicate(timeout=300)
+    assert holder.returncode == 0, errors
+    refused = commands[1 - started.index(holder)]
+    _, errors = start_command(*refused, f"eval.data_path={data}").communicate(timeout=300)
+    found = {row.key for row in read_record(folder / RECORD).rows}
+    assert {row.key for row in record.rows} < found
+    assert {key[0] for key in found} == {"arithmetic_word_problems", "gsm8k", "arc_challenge"}
 
 
 def test_attention_is_without_cudnn():

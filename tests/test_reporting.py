@@ -20,7 +20,7 @@ from matryoshka_lora.reporting import (
     write_report,
     write_tables,
 )
-from matryoshka_lora.reporting.differences import differences
+from matryoshka_lora.reporting.differences import differences, references
 from matryoshka_lora.reporting.frame import tidy_frame
 from matryoshka_lora.reporting.plots import _drawn, _figure
 from matryoshka_lora.runs.record import Record, read_record, write_record
@@ -34,7 +34,7 @@ def config(method="dylora", rank=4, seed=1, **changes):
         "dataset": {"name": "arithmetic"},
         "method": {"name": method, "draw": "step"},
         "adapter": {"rank": rank, "scaling": "none"},
-        "trainer": {"lr": 1e-3, "micro_batch": 8},
+        "trainer": {"lr": 1e-3, "epochs": 3.0, "micro_batch": 8},
         "seed": seed,
         "eval": {"limit": None},
     }
@@ -88,14 +88,14 @@ EXPECTED_MD = r"""# table2-toy
 
 ## toy 0-shot, exact_match (strict-match)
 
-model tiny, dataset arithmetic, R 4, scaling none, 10 documents, unit %, mean ± standard deviation over seeds.
+model tiny, dataset arithmetic, R 4, scaling none, epochs 3, 10 documents, unit %, mean ± standard deviation over seeds.
 
 | method | rule | lr | seeds | 0 | 1 | 2 | 4 | AURAC log2 | AURAC linear |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | base |  |  |  | 5.0 |  |  |  |  |  |
-| LoRA | prefix | 0.001 | 1 |  | 10.0\* | 20.0\* | **50.0** | 25.0 | 28.3 |
-| DyLoRA | prefix | 0.001 | 2 |  | 20.0 ± 14.1 | **30.0 ± 14.1** | 40.0 ± 0.0 | **30.0 ± 10.6** | **31.7 ± 9.4** |
-| LoRA dedicated R=1 |  | 0.001 | 1 |  | **35.0** |  |  |  |  |
+| LoRA | prefix | 0.001 | 1 |  | 10.0\* | 20.0\* | 50.0 | 25.0 | 28.3 |
+| DyLoRA | prefix | 0.001 | 2 |  | 20.0 ± 14.1 | 30.0 ± 14.1 | 40.0 ± 0.0 | 30.0 ± 10.6 | 31.7 ± 9.4 |
+| LoRA dedicated R=1 |  | 0.001 | 1 |  | 35.0 |  |  |  |  |
 
 \* rank outside the trained sub-ranks
 """  # noqa: E501
@@ -131,9 +131,10 @@ def scored():
 
 def test_differences_from_the_svd_of_lora(scored, tmp_path):
     table, losses = rank_tables(scored)
-    # Not the rule that is another one.
-    (lora, of_lora), (dylora, of_dylora), (_, dedicated) = differences(table)
+    svd, alone = references(table)
+    (lora, of_lora), (dylora, of_dylora), (_, of_same), (_, dedicated) = differences(table, svd)
     assert (lora.method, lora.rule, dylora.method) == ("LoRA", "prefix", "DyLoRA")
+    assert list(of_same) == [1, 4, "log2", "linear"]
     # Seeds averaged minus LoRA's SVD: 0 1 .5 0 - 0 1 0 0 at rank 1, 1 1 1 .5 - 1 1 0 0 at rank 4.
     gaps = {1: np.array([0, 0, 0.5, 0]), 4: np.array([0, 0, 1, 0.5])}
     gaps |= dict.fromkeys(("log2", "linear"), (gaps[1] + gaps[4]) / 2)
@@ -143,35 +144,81 @@ def test_differences_from_the_svd_of_lora(scored, tmp_path):
         low, high = np.quantile([100 * gap[d].mean() for d in drawn], [0.025, 0.975])
         found = of_dylora[column]
         assert (found.mean, found.low, found.high) == pytest.approx((100 * gap.mean(), low, high))
-    # 50 and 25 against 25 at rank 1, 75 and 100 against 50 at rank 4.
-    assert (of_dylora[1].apart, of_dylora[4].apart) == (False, True)
+    assert not of_dylora[1].holds and not of_dylora[4].holds and dedicated[1].holds
     assert (of_lora[1].mean, of_lora[4].mean) == pytest.approx((-25, 0))
     assert dedicated.keys() == {1} and dedicated[1].mean == pytest.approx(75)
     write_tables([table, losses], tmp_path / "t", "t")
     text = (tmp_path / "t.md").read_text().partition("Minus LoRA svd (seeds: 1)")[2]
     # Losses of all documents alike: no spread. log2 is the mean of both ranks.
-    loss = "**-0.500 [-0.500, -0.500]** | **+0.250 [0.250, 0.250]** | **-0.125 [-0.125, -0.125]** |"
+    loss = "-0.500 [-0.500, -0.500] ★ | +0.250 [0.250, 0.250] ★ | -0.125 [-0.125, -0.125] ★ |"
     assert f"| DyLoRA | prefix | 0.001 | 1/2 | {loss}" in text
     assert "| DyLoRA | prefix | 0.001 | 2 | +12.5 [0.0, 37.5] | +37.5 [0.0, 75.0] |" in text
     assert "| LoRA | prefix | 0.001 | 1 | -25.0 [-75.0, 0.0] | +0.0 [0.0, 0.0] |" in text
+    # Against the LoRA of rank 1, and at 4 against the LoRA of R=4, which is what was trained there.
+    of_alone = {(row.method, row.rule): cells for row, cells in differences(table, alone)}
+    assert of_alone["LoRA", "svd"][1].mean == pytest.approx(-75)
+    assert of_alone["DyLoRA", "prefix"].keys() == {1, 4}
+    assert "Minus the LoRA trained for the rank alone" in text
+
+
+def test_a_difference_holds_over_problems_and_over_seeds(tmp_path):
+    """Seeds of .5 and 1.6 against 1: +.05 for every problem, but a seed alone may be below 1."""
+
+    def rows(*losses, rule="prefix"):
+        pairs = zip((1, 4), losses, strict=True)
+        return [row(r, v, rule, "loss", scores=[v] * 4, n=4) for r, v in pairs]
+
+    records = [
+        record(rows(1.0, 1.0, rule="svd"), method="lora"),
+        record(rows(0.5, 0.5), seed=1),
+        record(rows(1.6, 0.6), seed=2),
+    ]
+    (table,) = rank_tables(records)
+    (svd,) = references(table)
+    ((_, cells),) = differences(table, svd)
+    assert [(cells[r].low, cells[r].high) for r in (1, 4)] == [
+        pytest.approx((0.05, 0.05)),
+        pytest.approx((-0.45, -0.45)),
+    ]
+    assert (cells[1].holds, cells[4].holds) == (False, True)
+    write_tables([table], tmp_path / "t", "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "| DyLoRA | prefix | 0.001 | 2 | 1.050 ± 0.778 | 0.550 ± 0.071 ★ |" in text
+    assert "\n★ differs from LoRA svd (seeds: 1): see the differences below\n" in text
+    tex = (tmp_path / "t.tex").read_text()
+    assert r"& 0.550 $\pm$ 0.071 $^\star$ &" in tex and "-0.450 [-0.450, -0.450] $^" in tex
+    assert "**" not in text and "textbf" not in tex
+
+
+def test_other_training_data_are_not_compared(scored):
+    scored[1].data["fingerprint"] = "another"
+    table, losses = rank_tables(scored)
+    svd, _ = references(table)
+    assert [row.method for row, _ in differences(table, svd) if row.method_name == "dylora"] == [
+        "DyLoRA (data=null)"
+    ] * 2
+    assert not differences(losses, references(losses)[0])
 
 
 def test_differences_need_scores_of_the_same_documents_and_one_reference(grid, scored, tmp_path):
     (table,) = rank_tables(grid)
-    assert differences(table) == []
+    assert not references(table) or not differences(table, references(table)[0])
     # No scores, or a value that is not their mean.
     first = scored[1].rows[0]
     for changes in ({"scores": None}, {"value": 0.5}):
         scored[1].rows[0] = dataclasses.replace(first, **changes)
-        _, (dylora, cells), _ = differences(rank_tables(scored)[0])
+        again = rank_tables(scored)[0]
+        _, (dylora, cells), *_ = differences(again, references(again)[0])
         assert dylora.method == "DyLoRA" and list(cells) == [4]
     other = record(scored[2].rows, method="lora", trainer__lr=1.0)
     tables = rank_tables([*scored, other])
-    assert differences(tables[0]) == []
+    assert [reference.mark for reference in references(tables[0])] == ["☆"]
     write_tables(tables, tmp_path / "t", "t")
-    assert "No differences: there are 2 curves of LoRA svd." in (tmp_path / "t.md").read_text()
+    text = (tmp_path / "t.md").read_text()
+    assert "no differences from LoRA svd: there are 2 such rows" in text
     fewer = [dataclasses.replace(r, scores="110", value=2 / 3, n=3) for r in scored[2].rows]
-    assert differences(rank_tables([*scored[:2], record(fewer, method="lora")])[0]) == []
+    table = rank_tables([*scored[:2], record(fewer, method="lora")])[0]
+    assert not differences(table, references(table)[0])
 
 
 def test_the_frame_by_hand(grid):
@@ -195,26 +242,21 @@ def test_csv_and_latex(grid, tmp_path):
     assert frame.loc[2, "1 mean"] == 20.0 and frame.loc[2, "1 sd"] == 14.1421
     assert frame.loc[1, "lr"] == 0.001 and math.isnan(frame.loc[1, "1 sd"])
     tex = (tmp_path / "t.tex").read_text()
-    assert r"& 20.0 $\pm$ 14.1 & \textbf{30.0 $\pm$ 14.1} &" in tex
+    assert r"& 20.0 $\pm$ 14.1 & 30.0 $\pm$ 14.1 &" in tex
     assert r"LoRA & prefix & 0.001 & 1 &  & 10.0$^*$ &" in tex
     assert "exact\\_match" in tex and "\\toprule" in tex and "±" not in tex
 
 
-def test_loss_is_raw_low_is_best_and_last(tmp_path):
+def test_loss_is_raw_and_last_and_nothing_is_bold(tmp_path):
     rows = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([2.0, 1.5, 1.0], metric="loss")]
     other = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([1.8, 1.6, 1.0], metric="loss")]
-    tables = rank_tables([record(rows), record(other, method="lora")])
+    records = [record(rows), record(other, method="lora")]
+    tables = rank_tables(records)
     assert [table.metric.metric for table in tables] == ["exact_match", "loss"]
     write_tables(tables, tmp_path / "t", "t")
     text = (tmp_path / "t.md").read_text()
-    # Where all printed values are equal, nothing won.
-    assert "| **1.800** | 1.600 | 1.000 | 1.500 |" in text
-    assert "| 2.000 | **1.500** | 1.000 | 1.500 |" in text
-    # Equal values that beat others are both the best.
-    third = [row(0, 0.1), *curve([0.1, 0.2, 0.3]), *curve([3.0, 3.0, 1.1], metric="loss")]
-    records = [record(rows), record(other, method="lora"), record(third, method="matryoshka")]
-    text = format_multirun(records)
-    assert text.count(">1.000") == 2 and "> marks the best" in text
+    assert "| 1.800 | 1.600 | 1.000 | 1.500 |" in text and "**" not in text
+    assert "1.800  1.600  1.000       1.500" in format_multirun(records)
 
 
 def test_rules_differ_in_the_legend(grid):
@@ -239,13 +281,12 @@ def test_holes_are_marked_and_named(grid, tmp_path):
     )
     write_tables([table], tmp_path / "t", "t")
     text = (tmp_path / "t.md").read_text()
-    # Over ranks 1 and 4 alone 30.0 is not comparable with DyLoRA's 38.3, so it is never bold.
-    assert "| LoRA | prefix | 0.001 | 1 |  | 10.0 | – | **50.0** | 30.0 | 30.0 |" in text
+    assert "| LoRA | prefix | 0.001 | 1 |  | 10.0 | – | 50.0 | 30.0 | 30.0 |" in text
     assert "| DyLoRA | prefix | 0.001 | 1/3 |  | 30.0 | 40.0 | 40.0 | 37.5 | 38.3 |" in text
     assert "| MatryoshkaLoRA |  | 0.001 | 0/1 |  | – | – | – | – | – |" in text
     assert "| LoRA dedicated R=2 |  | 0.001 | 0/1 |  |  | – |  |  |  |" in text
     assert "missing: LoRA R=4" in text
-    assert ",MatryoshkaLoRA,4,none,0.001,,0,1,,," in (tmp_path / "t.csv").read_text()
+    assert ",MatryoshkaLoRA,4,none,0.001,3,,0,1,,," in (tmp_path / "t.csv").read_text()
 
 
 def test_a_point_that_one_seed_lacks(grid):
@@ -294,6 +335,15 @@ def test_a_plan_trains_on_the_content_of_the_records(grid):
     (table,) = rank_tables(grid)
     names = [r.method for r in table.rows if r.method_name == "dylora"]
     assert names == ["DyLoRA (data=01234567)", "DyLoRA (data=98765432)"]
+
+
+def test_a_planned_method_without_a_record_is_taken_to_have_the_base_of_the_others(grid):
+    for one in grid:
+        one.model, one.data["fingerprint"] = one.model | {"weights": "abc"}, "0123456789"
+    (table,) = rank_tables(grid, [config("lora"), config("matryoshka")])
+    assert [r.method for r in table.rows if r.kind == "curve"] == [
+        "LoRA", "DyLoRA", "MatryoshkaLoRA",
+    ]  # fmt: skip
 
 
 def test_a_method_of_another_version(grid):
@@ -363,7 +413,27 @@ def test_blocks():
     assert [r.method for r in tables[1].rows] == ["LoRA", "MatryoshkaLoRA", "LoRA dedicated R=4"]
     assert tables[1].rows[2].cells.keys() == {4}
     whole = rank_table(runs, "toy", 0, "exact_match", "strict-match")
-    assert whole.shared == {"model": "tiny", "dataset": "arithmetic"}
+    assert whole.shared == {"model": "tiny", "dataset": "arithmetic", "epochs": "3"}
+
+
+def test_a_scaling_without_a_lora_stands_beside_the_one_that_has_it():
+    runs = [
+        record(
+            curve([0.1, 0.2, 0.3]), method=method, adapter__scaling=scaling, trainer__epochs=epochs
+        )
+        for method, scaling, epochs in (
+            ("lora", "none", 2.0),
+            ("matryoshka", "none", 3.0),
+            ("matryoshka", "sqrt", 3.0),
+        )
+    ]
+    (table,) = rank_tables(runs)
+    assert [(row.method, row.scaling, row.epochs) for row in table.rows] == [
+        ("LoRA", "none", 2.0),
+        ("MatryoshkaLoRA", "none", 3.0),
+        ("MatryoshkaLoRA", "sqrt", 3.0),
+    ]
+    assert not {"scaling", "epochs"} & table.shared.keys()
 
 
 def test_lines_that_coincide_are_drawn_once():

@@ -14,13 +14,15 @@ import rates
 import reproduce
 import reproduce_options
 import tiny_lm
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
+from publish import for_its_rules
 from test_launcher import environment, write_fake_slurm
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome
 from matryoshka_lora.cli import one_line, parse_options
-from matryoshka_lora.config import build_config, wanted_points
+from matryoshka_lora.config import Config, build_config, wanted_points
 from matryoshka_lora.config import reading as settings_of_config
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.methods import METHODS
@@ -56,9 +58,13 @@ def trained(monkeypatch):
     ran: list[tuple[str, ...]] = []
     fails: dict[str, str] = {}
 
-    def run_jobs(jobs, slots, script, logs, *, show=False):
+    def run_jobs(jobs, slots, script, logs, *, show=False, more=None):
         assert script == ROOT / "train.py"
-        return [run_job(job, logs) for job in jobs]
+        jobs, outcomes = list(jobs), []
+        for job in jobs:
+            outcomes.append(run_job(job, logs))
+            jobs += more(outcomes[-1]) if more else []
+        return outcomes
 
     def run_job(job: Job, logs: Path) -> Outcome:
         ran.append(job.overrides)
@@ -328,7 +334,7 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
     [
         (
             ["tabel2"],
-            "table=tabel2 is unknown; allowed: .* smollm2 .did you mean table2",
+            "table=tabel2 is unknown; allowed: .* smollm2, .*did you mean table2",
         ),
         (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
         (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
@@ -392,9 +398,9 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     assert main([*arguments, "only=search", "rows=one"]) == 0
     searched = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
     tried = {(s["trainer.epochs"], s["trainer.lr"]) for s in searched}
-    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.002", "0.001"} | {
+    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.002", "0.001"} | {
         "0.0005", "0.00025", "0.00013"}  # fmt: skip
-    assert {lr for epochs, lr in tried if epochs == "3.0"} == {"0.001", "0.002"}
+    assert {lr for epochs, lr in tried if epochs == "2.0"} == {"0.00025", "0.0005"}
     ran.clear()
     fails.clear()
     assert main(arguments) == 0
@@ -422,7 +428,8 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     (written := tmp_path / "rates.yaml").write_text("# kept\nother: {'*': 0.1}\n")
     rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
     assert written.read_text() == (
-        "# kept\nother:\n  '*': 0.1\ntiny:\n  lora:\n    1: 0.001\n  matryoshka:\n    4: 0.00025\n"
+        "# kept\nother:\n  '*': 0.1\n"
+        "tiny:\n  lora:\n    1: 0.00025\n  matryoshka:\n    4: 0.00025\n"
     )
     for other, message in (
         ("rows=won", "rows=won is unknown.*did you mean one"),
@@ -435,10 +442,101 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
         main(arguments)
 
 
+ABLATIONS = """
+model: tiny
+seeds: [42]
+final: false
+settings: {adapter.rank: 4, eval.tasks: []}
+rows:
+  - {name: parent, rules: [prefix, svd], rates: [1e-3], settings: {method: matryoshka}}
+  - {name: mine, rules: [prefix], rates: [1e-3],
+     settings: {method: matryoshka, method.decay: 0.5, adapter.scaling: sqrt}}
+"""
+ALSO = """
+model: tiny
+seeds: [42, 666]
+settings: {adapter.rank: 4, eval.tasks: ["gsm8k:0"]}
+rows:
+  - {name: a, rules: [prefix], rates: [1e-3], also: ["gsm8k:3"], settings: {method: matryoshka}}
+  - {name: b, rules: [svd], rates: [1e-3], also: ["gsm8k:3"], settings: {method: matryoshka}}
+"""
+
+
+def test_rows_of_a_search_alone_have_names_and_the_first_seed_more_tasks(
+    local, tmp_path, trained, monkeypatch
+):
+    ran, _ = trained
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "smollm2_ablations.yaml").write_text(ABLATIONS)
+    (tmp_path / "evidence" / "smollm2.yaml").write_text(ALSO)
+    monkeypatch.setattr(evidence, "CONFIGS", tmp_path)
+    rest = [*local, f"output_dir={tmp_path / 'out'}"]
+    assert main(["smollm2_ablations", *rest]) == 0
+    assert len(ran) == 2 and all("dataset.validation=0.05" in overrides for overrides in ran)
+    assert "eval.rules=[prefix,svd]" in {text for overrides in ran for text in overrides}
+    text = (tmp_path / "out" / "tables" / "smollm2-ablations.md").read_text()
+    # A table for each rule, whatever the scaling; the name is the label, and nothing is a hole.
+    for line in ("parent | none | prefix", "parent | svd", "mine | sqrt | prefix"):
+        assert text.count(f"| {line} |") == 1
+    assert "missing" not in text
+    assert not list((tmp_path / "out" / "tables").glob("*rates*"))
+    # The parent, read by both rules there, is a finished candidate here.
+    ran.clear()
+    assert main(["smollm2", "only=search", *rest]) == 0 and ran == []
+    assert main(["smollm2", "only=final", *rest]) == 0
+    assert [("seed=42" in o, "eval.rules=[prefix,svd]" in o) for o in ran] == [
+        (True, True),
+        (False, True),
+    ]
+    ran.clear()
+    assert main(["smollm2", *rest]) == 0
+    (more,) = ran
+    assert {"seed=42", "eval.tasks=[gsm8k:0,gsm8k:3]", "eval.rules=[prefix,svd]"} <= set(more)
+    # What is published has them, and is finished without its run.
+    ran.clear()
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert main(["smollm2", *rest]) == 0 and ran == []
+
+
+class Candidate:
+    def __init__(self, loss: float | None) -> None:
+        self.loss = loss
+
+    def held_out_loss(self, rule, ranks) -> float | None:
+        return self.loss
+
+
+def test_fewer_epochs_are_tried_at_the_best_rate_and_above():
+    """The longest training settles first; the shorter begins there and only goes up."""
+    losses = {(3, 1e-3): 0.7, (3, 2e-3): 0.5, (3, 4e-3): 0.6, (2, 2e-3): 0.5, (2, 4e-3): 0.4,
+              (2, 8e-3): 0.45, (2, 1e-3): 0.1}  # fmt: skip
+    ended: set[tuple[int, float]] = set()
+    longest, shorter = (
+        grid.Rates(tried, lambda lr, n=n: Candidate(losses[n, lr] if (n, lr) in ended else None))
+        for n, tried in ((3, [1e-3, 2e-3]), (2, []))
+    )
+    group = grid.Group("row", [42], [longest, shorter], lambda training, lr: [], extends=True)
+    table = grid.Table("table", [group], lambda record: True)
+    seen = []
+    for _ in range(5):
+        table.settle()
+        seen.append((list(longest.tried), list(shorter.tried), group.lr))
+        ended |= {(3, lr) for lr in longest.tried} | {(2, lr) for lr in shorter.tried}
+    assert seen == [
+        ([1e-3, 2e-3], [], None),
+        ([1e-3, 2e-3, 4e-3], [], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3, 8e-3], None),
+        ([1e-3, 2e-3, 4e-3], [2e-3, 4e-3, 8e-3], 4e-3),
+    ]
+    assert group.training == 1
+
+
 def test_committed_rows_compose_and_name_known_rates():
     for path in sorted((ROOT / "configs" / "evidence").glob("*.yaml")):
         given = evidence.read_evidence(path)
-        assert len(given.rows) == 18 and (ROOT / f"configs/model/{given.model}.yaml").is_file()
+        assert len(given.rows) == 18 or not given.final
+        assert (ROOT / f"configs/model/{given.model}.yaml").is_file()
         for row in given.rows:
             assert (ROOT / f"configs/method/{row.settings['method']}.yaml").is_file() or (
                 row.settings["method"] not in METHODS
@@ -450,10 +548,12 @@ def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
         compositions = {
             key: compose("train", key.split()) for key in
             ("model=tiny", "model=llama3_8b", "model=tiny trainer.lr=0.5",
-             "model=tiny method=lora adapter.rank=3", "model.name=other trainer.lr=null")
+             "model=tiny method=lora adapter.rank=3", "model.name=other trainer.lr=null",
+             "model=tiny method=matryoshka")
         }  # fmt: skip
-    assert build_config(compositions["model=tiny"]).trainer.lr == 6e-3
-    assert build_config(compositions["model=llama3_8b"]).trainer.lr == 3e-4
+    llama = compositions["model=llama3_8b"]
+    committed = yaml.safe_load((ROOT / "configs/rates.yaml").read_text())
+    assert build_config(llama).trainer.lr == committed[llama.model.name]["*"]
     assert build_config(compositions["model=tiny trainer.lr=0.5"]).trainer.lr == 0.5
     with pytest.raises(ValueError, match="no rate for model other; give trainer.lr"):
         build_config(compositions["model.name=other trainer.lr=null"])
@@ -462,7 +562,7 @@ def test_rates_come_from_the_file_unless_given(tmp_path, monkeypatch):
     nearest = compositions["model=tiny method=lora adapter.rank=3"]
     assert build_config(nearest).trainer.lr == 0.1
     with pytest.raises(ValueError, match="no rate for method matryoshka on model tiny"):
-        build_config(compositions["model=tiny"])
+        build_config(compositions["model=tiny method=matryoshka"])
 
 
 def test_unknown_keys_and_corrupt_records_are_named(local, tmp_path, trained):
@@ -499,3 +599,38 @@ def test_a_place_for_the_rates_is_checked_first(tmp_path):
     for output, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "cannot be writ")):
         with pytest.raises(ValueError, match=message):
             rates.main(rates.Options(output=str(output)))
+
+
+def test_a_rule_is_published_at_the_rate_of_its_own_row():
+    """Of three rows of one method, two at one rate, each reads the rules that chose that rate."""
+
+    def run(lr, rules, **settings):
+        config = Config()
+        config.trainer.lr, config.eval.rules = lr, rules
+        texts = {"method": "matryoshka", "trainer.lr": str(lr), "eval.rules": str(rules)}
+        return grid.Run(texts | settings, config, None)
+
+    both, svd = run(2e-3, ["prefix", "trained"]), run(1e-3, ["svd", "global"])
+    other = run(1e-3, ["prefix"], **{"adapter.init": "paper"})
+    row = Row("gsm8k", 0, None, None, 1, "base", "loss", 1.0, None, 1)
+    rules = ["prefix", "trained", "svd", "global"]
+    full = Record(
+        "finished", "run", {}, "0" * 8, {}, {},
+        evaluation={"finished": [f"gsm8k:0 limit=None abc {rule}@1" for rule in rules]},
+        rows=[row, *(dataclasses.replace(row, rule=rule) for rule in rules)],
+    )  # fmt: skip
+
+    def published(of, *plan):
+        found = for_its_rules(full, of, plan)
+        points = [point.rpartition(" ")[2] for point in found.evaluation["finished"]]
+        assert [f"{row.rule}@1" for row in found.rows] == ["base@1", *points]
+        return [row.rule for row in found.rows[1:]]
+
+    plan = (both, svd, other)
+    assert published(both, *plan) == ["prefix", "trained"]
+    assert published(svd, *plan) == ["svd", "global"]
+    # Another row's rule of other settings is its own, and without the rows nothing is known.
+    assert published(other, *plan) == rules
+    assert published(both, both) == rules
+    svd.config.dataset.validation = 0.05
+    assert published(svd, *plan) == rules, "a candidate of a search is read by whoever tries it"

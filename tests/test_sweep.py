@@ -515,6 +515,24 @@ def test_rows_are_read_without_anything_heavy() -> None:
     assert not {"torch", "lm_eval", "transformers", "accelerate"} & set(done.stdout.split())
 
 
+def test_documents_that_lack_a_metric_are_counted(data: Path, tmp_path: Path, caplog) -> None:
+    """As in the harness the rows are over those that have it; n says so, and a line does."""
+    (task,) = load_tasks([("arc_challenge", 0)], data_path=data, limit=3)
+    model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
+    plan = plan_points(tiny_lm.view(), [1], ["prefix"], [1])
+    run_sweep(model, tokenizer, [task], plan, FakeEngine(), tmp_path)
+    assert "documents have no" not in caplog.text
+    path = samples_path(tmp_path, task)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    del found[0]["scores"]["none"]["acc_norm"]
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in found))
+    rows = run_sweep(model, tokenizer, [task], plan, FakeEngine(), tmp_path)
+    assert {row.n for row in rows if row.metric == "acc"} == {3}
+    assert sorted(row.n for row in rows if row.metric == "acc_norm") == [2, 3]
+    assert caplog.text.count("documents have no") == 1
+    assert "task arc_challenge: 1 of 3 documents have no acc_norm, and its rows" in caplog.text
+
+
 def test_changed_data_limit_or_adapter_is_noticed(data: Path, tmp_path: Path, plan: Plan) -> None:
     folder = tmp_path / "samples"
     sweep(data, folder, FakeEngine(), plan, limit=3, identity="a")

@@ -15,11 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import BinaryIO
 
@@ -148,31 +147,45 @@ def visible_gpus() -> list[str]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], slots: Sequence[Slot], script: Path, logs: Path, *, show: bool = False
+    jobs: Sequence[Job],
+    slots: Sequence[Slot],
+    script: Path,
+    logs: Path,
+    *,
+    show: bool = False,
+    more: Callable[[Outcome], Sequence[Job]] | None = None,
 ) -> list[Outcome]:
     """Run every job, as many at a time as there are slots; a failed one does not stop the others.
 
     logs: folder for the jobs' output, appended to `<job name>.log`; `show` prints it here as well.
+    more: called with each outcome, in one thread at a time; the jobs that it returns are run, too.
     A job whose process is killed gets ATTEMPTS in all. An interrupt (Ctrl-C or SIGTERM) ends the
     running jobs, starts no other and raises KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for number in range(len(jobs)):
-        waiting.put(number)
+    jobs = list(jobs)
+    taken = 0
     running: set[Worker] = set()
-    lock = threading.Lock()
+    # Also wakes those that wait for a job that another one may bring.
+    lock = threading.Condition()
     stopping = threading.Event()
     done: dict[int, Outcome] = {}
+
+    def take() -> int | None:
+        """The next job's number; None where there is none and no running one can bring any."""
+        nonlocal taken
+        with lock:
+            if more is not None:
+                lock.wait_for(lambda: stopping.is_set() or taken < len(jobs) or len(done) == taken)
+            if stopping.is_set() or taken == len(jobs):
+                return None
+            taken += 1
+            return taken - 1
 
     def serve(slot: Slot) -> None:
         worker = Worker(slot, script)
         try:
-            while not stopping.is_set():
-                try:
-                    number = waiting.get_nowait()
-                except Empty:
-                    break
+            while (number := take()) is not None:
                 job = jobs[number]
                 log = logs / f"{file_name(job.name)}.log"
                 began = time.monotonic()
@@ -189,10 +202,14 @@ def run_jobs(
                         break
                 text = log.read_bytes()[start:].decode(errors="replace")
                 error = None if code == 0 else f"exit code {code}: {last_error(text)}"
+                outcome = Outcome(job, log, time.monotonic() - began, error)
                 with lock:
-                    done[number] = Outcome(job, log, time.monotonic() - began, error)
+                    if more is not None and not stopping.is_set():
+                        jobs.extend(more(outcome))
+                    done[number] = outcome
                     if not stopping.is_set():
-                        _report(done[number], len(done), len(jobs))
+                        _report(outcome, len(done), len(jobs))
+                    lock.notify_all()
         finally:
             if not stopping.is_set():
                 worker.close()
@@ -203,13 +220,15 @@ def run_jobs(
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with ThreadPoolExecutor(len(slots)) as pool:
-            served = [pool.submit(serve, slot) for slot in slots[: len(jobs)]]
+            useful = slots if more is not None else slots[: len(jobs)]
+            served = [pool.submit(serve, slot) for slot in useful]
             try:
-                for future in served:
+                for future in as_completed(served):
                     future.result()
             except BaseException:
                 with lock:
                     stopping.set()
+                    lock.notify_all()
                 _end([worker.process for worker in running if worker.process is not None])
                 raise
     finally:

@@ -16,6 +16,7 @@ from matryoshka_lora.config.reading import (
     known_rate,
     quote_texts,
     read_config,
+    recorded,
     typed_config,
 )
 from matryoshka_lora.config.schema import (
@@ -60,6 +61,7 @@ __all__ = [
     "parse_task",
     "quote_texts",
     "read_config",
+    "recorded",
     "run_hash",
     "short_name",
     "typed_config",

@@ -42,7 +42,14 @@ def run_hash(config: Config, model_identity: Mapping[str, Any], data_fingerprint
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-COLUMNS = ("method.name", "adapter.rank", "adapter.scaling", "trainer.lr", "seed")
+COLUMNS = (
+    "method.name",
+    "adapter.rank",
+    "adapter.scaling",
+    "trainer.lr",
+    "trainer.epochs",
+    "seed",
+)
 """Settings that tables show for themselves."""
 
 

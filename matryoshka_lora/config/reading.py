@@ -134,6 +134,17 @@ def check_given(config: Config, overrides: Iterable[str], *, swept: bool = False
             logger.warning("%s is given, but changes nothing: %s", key, reason)
 
 
+def recorded(config: Config) -> dict[str, Any]:
+    """What a record holds: all settings but those of other methods, whatever becomes of them.
+
+    `read_config` reads it back.
+    """
+    content = dataclasses.asdict(config)
+    own = {found.name for found in dataclasses.fields(methods.get(config.method.name).settings)}
+    content["method"] = {k: v for k, v in content["method"].items() if k in own | {"name"}}
+    return content
+
+
 def read_config(content: Mapping[str, Any], source: str) -> Config:
     """The config that a record holds, not checked again.
 

@@ -11,7 +11,7 @@ a run is finished (`effects`):
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -53,22 +53,29 @@ def setting(
 
 def _with_settings_of_methods(cls: type[T]) -> type[T]:
     """Add the settings of every method to `cls`; one that several methods read is one field."""
-    read_by: dict[str, list[str]] = {}
+    read_by: dict[str, dict[str, bool]] = {}
     for info in methods.METHODS.values():
         for found in dataclasses.fields(info.settings):
-            read_by.setdefault(found.name, []).append(info.name)
+            read_by.setdefault(found.name, {})[info.name] = found.metadata["later"]
             cls.__annotations__[found.name] = found.type
             help = f"{', '.join(read_by[found.name])}: {found.metadata['help']}"
             default = found.default if found.default_factory is dataclasses.MISSING else None
             if default is None and found.default_factory is not dataclasses.MISSING:
                 default = found.default_factory()
-            affects, later = _read_by(*read_by[found.name]), found.metadata["later"]
-            setattr(cls, found.name, setting(default, help, affects, later=later))
+            affects = _read_by(found.name, default, read_by[found.name])
+            setattr(cls, found.name, setting(default, help, affects))
     return cls
 
 
-def _read_by(*names: str) -> Affects:
-    return lambda config: "adapter" if config.method.name in names else "nothing"
+def _read_by(name: str, default: Any, later: Mapping[str, bool]) -> Affects:
+    """later: by method that reads the setting, whether it came when there were runs of it."""
+
+    def affects(config: "Config") -> Effect:
+        method = config.method.name
+        unchanged = later.get(method, True) and getattr(config.method, name) == default
+        return "adapter" if method in later and not unchanged else "nothing"
+
+    return affects
 
 
 def _where_sub_ranks_are_trained(config: "Config") -> Effect:

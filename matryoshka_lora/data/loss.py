@@ -87,6 +87,9 @@ def packed_batch(
         choice = padded.repeat(batch.lengths)
     bounds, positions = inputs["cu_seq_lens_q"], inputs["position_ids"]
     assert isinstance(bounds, Tensor) and isinstance(positions, Tensor)
+    # The document that rounding adds may be longer than what the model embeds positions of, or
+    # scales them by.
+    positions[:, sum(batch.lengths[: len(examples)]) :] = 0
     return {
         "tokens": batch.tokens,
         "positions": positions,

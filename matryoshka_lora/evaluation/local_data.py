@@ -1,10 +1,12 @@
 """Local copies of the data of evaluation tasks, checked as they are read."""
 
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.utils
+import pyarrow
 from jinja2 import meta
 
 from matryoshka_lora.core.errors import UserError
@@ -100,16 +102,24 @@ def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.D
         return datasets.Dataset.from_list([document for _, document in documents])
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are these
         raise UserError(
-            f"{path}{_first_of_another_type(documents)}: all documents have to have fields of the "
+            f"{path}{_first_unfit(documents)}: all documents have to have fields of the "
             f"same types ({error})"
         ) from error
 
 
-def _first_of_another_type(documents: list[tuple[str, Any]]) -> str:
-    """Where a value first differs in type from its field before; empty if that is nested."""
-    known: dict[str, type] = {}
-    for where, document in documents:
-        for field, value in document.items():
-            if value is not None and known.setdefault(field, type(value)) is not type(value):
-                return f", {where}, field {field!r}"
+def _first_unfit(documents: list[tuple[str, Any]]) -> str:
+    """Where pyarrow first meets a value that does not fit those before it; empty if in no field."""
+    for field in documents[0][1]:
+        column = [document.get(field) for _, document in documents]
+
+        def is_unfit(last: int, column: list[Any] = column) -> bool:
+            try:
+                pyarrow.array(column[: last + 1])
+            except (ValueError, TypeError, OverflowError):
+                return True
+            return False
+
+        first = bisect_left(range(len(column)), True, key=is_unfit)
+        if first < len(column):
+            return f", {documents[first][0]}, field {field!r}"
     return ""

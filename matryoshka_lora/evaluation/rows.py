@@ -256,6 +256,13 @@ def _aggregates(
         result[key] = (task.aggregate(key, values), values)
     if losses := [score.loss for score in scores if score.loss is not None]:
         result[LOSS] = loss_aggregate(losses)
+    for (name, metric), (_, values) in result.items():
+        if len(values) < len(scores):
+            logger.warning(
+                "task %s: %d of %d documents have no %s%s, and its rows are over the others",
+                *(task.name, len(scores) - len(values), len(scores), metric),
+                f" ({name})" if name else "",
+            )
     return result
 
 

@@ -4,20 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from matryoshka_lora.core.diagonals import (
-    matryoshka_diagonal,
-    power_diagonal,
-    prefix_diagonal,
-)
-from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.diagonals import prefix_diagonal
 from matryoshka_lora.methods.base import AdapterShape, Method, register, setting
+from matryoshka_lora.methods.matryoshka import DECAY, decreasing_diagonal
 
 
 @dataclass(frozen=True)
 class Settings:
-    decay: float | None = setting(None, "P is s_R (R/i)^decay; null: the sum over S of Algorithm 1")
+    decay: float | None = setting(None, DECAY)
     weights: list[float] | None = setting(
         None, "odds of each trained sub-rank; null: the method's own"
     )
@@ -30,7 +25,7 @@ def nested_matryoshka(shape: AdapterShape, settings: Settings) -> Method:
     P gives low rows, which every sample trains, the larger step that low ranks want; a rank for
     every sample trains just the function that is read. Nested dropout is the case P = 1.
     """
-    p_full = _p_full(shape, settings.decay)
+    p_full = decreasing_diagonal(shape, settings.decay)
     cut = [p_full * prefix_diagonal(r, shape.rank, "none") for r in shape.train_ranks]
     weights = settings.weights
     return Method(
@@ -40,14 +35,6 @@ def nested_matryoshka(shape: AdapterShape, settings: Settings) -> Method:
         weights=default_odds(shape.train_ranks) if weights is None else tuple(weights),
         draw="sample",
     )
-
-
-def _p_full(shape: AdapterShape, decay: float | None) -> Tensor:
-    if decay is None:
-        return matryoshka_diagonal(shape.train_ranks, shape.rank, shape.scaling)
-    if not 0 <= decay < float("inf"):
-        raise UserError(f"method.decay={decay} must be 0 or a positive number, or null")
-    return power_diagonal(decay, shape.rank, shape.scaling)
 
 
 def default_odds(ranks: Sequence[int]) -> tuple[float, ...]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.reporting.answer import write_answer
 from matryoshka_lora.reporting.curves import RankTable, rank_table, rank_tables, run_tables
-from matryoshka_lora.reporting.dedicated import format_comparisons
+from matryoshka_lora.reporting.dedicated import compare, write_comparisons
 from matryoshka_lora.reporting.plots import plot_tables
 from matryoshka_lora.reporting.rates import write_rates
 from matryoshka_lora.reporting.tables import (
@@ -19,7 +19,6 @@ from matryoshka_lora.runs.record import Record
 
 __all__ = [
     "RankTable",
-    "format_comparisons",
     "format_multirun",
     "format_run_table",
     "plot_tables",
@@ -42,8 +41,9 @@ def write_report(
     """Write `tables/<name>.{csv,md,tex}` and `figures/<name>.{png,pdf}` below `results_dir`.
 
     Records of a search also give `<name>-rates`, a table and a figure of the loss over the learning
-    rate; those of at least FEWEST dedicated LoRAs `tables/<name>-dedicated.md`. Returns the paths,
-    the main table first. The files depend on the arguments alone, not on the order of the records
+    rate; those of at least FEWEST dedicated LoRAs `tables/<name>-dedicated.{csv,md,tex}`, how near
+    each row comes to them, and `<name>-answer`, a short table and a figure. Returns the paths, the
+    main table first. The files depend on the arguments alone, not on the order of the records
     or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
     """
     results_dir = Path(results_dir)
@@ -55,8 +55,11 @@ def write_report(
     paths += write_rates(
         records, table.with_name(of_rates), figure.with_name(of_rates), title=table_name
     )
-    if text := format_comparisons(records, title=f"{table_name}: against dedicated LoRAs"):
-        path = table.with_name(f"{table_name}-dedicated.md")
-        write_atomically(path, text.encode())
-        paths.append(path)
-    return paths
+    against = [found for one in tables if (found := compare(one, records)) is not None]
+    paths += write_comparisons(
+        against,
+        table.with_name(f"{table_name}-dedicated"),
+        f"{table_name}: against dedicated LoRAs",
+    )
+    answer = f"{table_name}-answer"
+    return paths + write_answer(against, table.with_name(answer), figure.with_name(answer))

@@ -1,12 +1,28 @@
-"""Bootstrap intervals over documents."""
+"""Bootstrap intervals over documents, and over seeds and documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 _COUNTS = 2**20
 """Counts held at a time: 8 MiB, whatever the numbers of samples and documents."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % bootstrap interval; None where documents' scores are not at hand."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, value: Callable[[float], str], end: Callable[[float], str]) -> str:
+        """`value [low, high]` as the functions write them; the value alone without an interval."""
+        if self.low is None or self.high is None:
+            return value(self.value)
+        return f"{value(self.value)} [{end(self.low)}, {end(self.high)}]"
 
 
 def bootstrap_intervals(
@@ -40,13 +56,32 @@ def bootstrap_intervals(
     return np.quantile(np.concatenate(means) / cells.shape[1], [tail, 1 - tail], axis=0).T
 
 
+def interval(drawn: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled values, (samples,); they may be infinite.
+
+    Its ends are values that were drawn: between infinities there is nothing to interpolate.
+    """
+    low = np.quantile(drawn, 0.025, method="inverted_cdf")
+    return float(low), float(np.quantile(drawn, 0.975, method="inverted_cdf"))
+
+
 def resampled_means(
-    lines: Sequence[npt.NDArray[np.float64]], *, samples: int, seed: int = 0
+    lines: Sequence[npt.NDArray[np.float64]], *, samples: int = 2000, seed: int = 0
 ) -> npt.NDArray[np.float64]:
     """Means of each line, (seeds, documents), resampled over seeds and documents: (lines, samples).
 
-    A resample draws the same documents for all lines, and seeds for each line of its own.
+    A resample draws the same documents for all lines, and seeds for each line of its own. Lines
+    that are equal are one measurement, a function that has two names, and drawn once.
     """
+    keys = [(line.shape, line.tobytes()) for line in lines]
+    unique = dict(zip(keys, lines, strict=True))
+    means = dict(zip(unique, _resampled(list(unique.values()), samples, seed), strict=True))
+    return np.stack([means[key] for key in keys])
+
+
+def _resampled(
+    lines: Sequence[npt.NDArray[np.float64]], samples: int, seed: int
+) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng(seed)
     documents = lines[0].shape[1]
     stacked = np.concatenate(lines)

@@ -1,8 +1,9 @@
 """The tidy frame -> rank curves with mean and deviation over seeds, and the holes among them."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import pandas as pd
@@ -12,6 +13,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import BASE
 from matryoshka_lora.reporting.aurac import AXES, Axis, aurac
 from matryoshka_lora.reporting.frame import (
+    CONTENT,
     Metric,
     grouped,
     lines_of,
@@ -49,7 +51,7 @@ class Curve:
     cells: by rank. holes: ranks at which no seed has a point, although the table has one there.
     aurac: by axis; mean and sd of the seeds' own AURACs, over `aurac_ranks`, the ranks > 0 that
         all seeds of the row have.
-    same_as: another rule of this method that is the same function at every rank.
+    same_as: another curve's rule of this method that is the same function at every rank.
     points: the lines of the tidy frame behind the cells, one a seed and rank.
     """
 
@@ -61,6 +63,7 @@ class Curve:
     rank: int
     scaling: str
     lr: float | None
+    epochs: float | None
     rule: str | None
     seeds: int
     planned: int
@@ -70,6 +73,17 @@ class Curve:
     aurac_ranks: tuple[int, ...] = ()
     same_as: str | None = None
     points: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
+
+    @cached_property
+    def content(self) -> frozenset[Any]:
+        """What the points were made from: base model, training data and test documents."""
+        if self.points.empty:
+            return frozenset()
+        columns = (self.points[name] for name in ("model", "dataset", "variant", "fingerprint"))
+        return frozenset(
+            (model, dataset, tuple(pair for pair in variant if pair[0] in CONTENT), documents)
+            for model, dataset, variant, documents in zip(*columns, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,14 @@ class RankTable:
 
     @property
     def shared(self) -> dict[str, str]:
-        """Of model, dataset, R and scaling those that all curves have in common."""
+        """Of model, dataset, R and scaling those that all curves have in common; of all, epochs."""
         main = [row for row in self.rows if row.kind == "curve"] or list(self.rows)
         values = {
             "model": {row.model for row in main},
             "dataset": {row.dataset for row in main},
             "R": {str(row.rank) for row in main},
             "scaling": {row.scaling for row in main},
+            "epochs": {f"{row.epochs:g}" for row in self.rows if row.epochs is not None},
         }
         return {name: next(iter(found)) for name, found in values.items() if len(found) == 1}
 
@@ -107,6 +122,9 @@ def rank_tables(
     """Every table that the records hold, main metric first and loss last.
 
     One table for each (model, dataset, scaling, R) and each (task, shots, limit, metric, filter).
+    Scalings without a plain LoRA to be compared with stand in the table of the one that has it.
+    Where runs have names of rows, which then are their labels, one for each inference rule instead
+    of each scaling, because such tables have many lines.
     R is a rank at which a method other than LoRA was trained, or else the largest; LoRA runs of
     smaller rank stand in it as dedicated runs. `planned` are the resolved configs of all runs that
     there should be; those without a finished record are holes, and so are unfinished records.
@@ -114,16 +132,29 @@ def rank_tables(
     """
     frame = tidy_frame(records, planned)
     tables = []
-    for _, block in grouped(frame, ["model", "dataset", "scaling"]):
+    named = bool(frame["row"].notna().any())
+    for block in _blocks(frame, named):
         baseline = block["method"].map(is_baseline).astype(bool)
         for rank in sorted(set(block["R"][~baseline]) or {max(block["R"])}):
             members = block[(block["R"] == rank) | (baseline & (block["R"] < rank))]
-            tables += [_table(members, metric) for metric in metrics_of(members)]
+            if named:
+                tables += _named_tables(members)
+            else:
+                tables += [_table(members, metric) for metric in metrics_of(members)]
     if not tables:
         runs = zip(*(runs_of(frame)[column] for column in ("run", "problem")), strict=True)
         state = "; ".join(f"{run}: {problem or 'no rows'}" for run, problem in runs)
         raise UserError(f"there is nothing to report yet ({state or 'no records'})")
     return tables
+
+
+def _blocks(frame: pd.DataFrame, whole: bool) -> Iterator[pd.DataFrame]:
+    """The lines of each model and dataset; of each scaling, unless `whole` or one has all LoRAs."""
+    for _, block in grouped(frame, ["model", "dataset"]):
+        if whole or block["scaling"][block["method"].map(is_baseline).astype(bool)].nunique() == 1:
+            yield block
+        else:
+            yield from (found for _, found in grouped(block, "scaling"))
 
 
 def rank_table(
@@ -135,7 +166,8 @@ def rank_table(
     limit: int | None = None,
     planned: Sequence[Mapping[str, Any]] | None = None,
 ) -> RankTable:
-    """One table of all records: a row for each (model, dataset, method, R, scaling, lr, rule).
+    """One table of all records: a row for each (model, dataset, method, R, scaling, lr, epochs,
+    rule).
 
     LoRA runs of a smaller rank than the largest are dedicated runs. Raises UserError as
     `rank_tables` does, and if no finished record has this metric.
@@ -147,6 +179,18 @@ def rank_table(
         names = "; ".join(m.label for m in found) or "nothing"
         raise UserError(f"no finished record has {wanted.label}; there is: {names}")
     return _table(frame, wanted)
+
+
+def _named_tables(members: pd.DataFrame) -> list[RankTable]:
+    """A table for each inference rule and metric, on the runs that have it and on the holes."""
+    tables = []
+    for rule in sorted(set(members["rule"].dropna()) - {BASE}, key=rule_place):
+        part = members[members["rule"].isin([rule, BASE]) | members["rule"].isna()]
+        for metric in metrics_of(part[part["rule"] == rule]):
+            lines = lines_of(part, metric)
+            read = set(lines["group"][lines["rule"] == rule])
+            tables.append(_table(part[part["group"].isin(read) | part["rule"].isna()], metric))
+    return tables
 
 
 def run_tables(record: Record) -> list[RankTable]:
@@ -209,9 +253,17 @@ def _labels(groups: pd.DataFrame, dedicated: set[Any]) -> dict[Any, str]:
     scope = settings.apply(
         lambda run: (run["key"], *run[scopes.get(run["key"].partition(".")[0], [])]), axis=1
     )
-    settings = settings[settings.groupby(scope)["value"].transform("nunique") > 1]
+    # A setting that came later is only in runs that changed it: others differ by lacking it.
+    alike = groups.groupby(["method", "R"])["group"].nunique()
+    having = settings.groupby(["key", "method", "R"])["group"].transform("nunique")
+    lacking = having < [alike[pair] for pair in zip(settings["method"], settings["R"], strict=True)]
+    settings = settings[lacking | (settings.groupby(scope)["value"].transform("nunique") > 1)]
     labels = {}
-    for group, method, rank in zip(groups["group"], groups["method"], groups["R"], strict=True):
+    columns = (groups[name] for name in ("group", "method", "R", "row"))
+    for group, method, rank, row in zip(*columns, strict=True):
+        if isinstance(row, str):
+            labels[group] = row
+            continue
         label = methods.label(method) + (f" dedicated R={rank}" if group in dedicated else "")
         differing = ", ".join(
             f"{key.rpartition('.')[2]}={value.strip(chr(34))}"
@@ -263,7 +315,7 @@ def _curves(
                 holes=tuple(rank for rank in axis if rank not in cells),
                 aurac=areas,
                 aurac_ranks=complete,
-                same_as=_same_as(found),
+                same_as=_same_as(found, set(points["rule"])),
                 points=found,
             )
         )
@@ -311,7 +363,7 @@ def _base_rows(points: pd.DataFrame) -> list[Curve]:
         values = found["shown"]
         cell = _cell(values[:1] if values.nunique() == 1 else values)
         curves.append(
-            Curve("base", model, dataset, "base", "base", 0, "", None, BASE, 0, 0, {0: cell})
+            Curve("base", model, dataset, "base", "base", 0, "", None, None, BASE, 0, 0, {0: cell})
         )
     return curves
 
@@ -333,18 +385,19 @@ def _curve(
         rank=run.R,
         scaling=run.scaling,
         lr=run.lr,
+        epochs=run.epochs,
         rule=rule,
         planned=len(runs),
         **measured,
     )
 
 
-def _same_as(points: pd.DataFrame) -> str | None:
-    """The rule that all points of a curve name as the same function at their own rank."""
+def _same_as(points: pd.DataFrame, rules: set[str]) -> str | None:
+    """Of `rules` the one that all points of a curve name as the same function at their own rank."""
     targets = set()
     for same_as, rank in zip(points["same_as"], points["rank"], strict=True):
         rule, _, at = (same_as or "").partition("@")
-        targets.add(rule if at == str(rank) else "")
+        targets.add(rule if at == str(rank) and rule in rules else "")
     return targets.pop() or None if len(targets) == 1 else None
 
 

@@ -1,14 +1,29 @@
 """Adapters against LoRAs trained for each rank alone: equivalent rank, ratio of losses, cost."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
-from matryoshka_lora.reporting.bootstrap import resampled_means
-from matryoshka_lora.reporting.curves import Curve, RankTable, rank_tables
-from matryoshka_lora.reporting.differences import REFERENCE_RULE, Scores, columns_of
+from matryoshka_lora.reporting.bootstrap import Estimate, interval, resampled_means
+from matryoshka_lora.reporting.curves import Curve, RankTable
+from matryoshka_lora.reporting.differences import Scores, columns_of, dedicated_rows, svd_of_lora
+from matryoshka_lora.reporting.grids import (
+    HOLE,
+    Grid,
+    row_header,
+    row_names,
+    row_settings,
+    write_csv,
+    write_grids,
+)
 from matryoshka_lora.reporting.names import is_baseline
 from matryoshka_lora.runs.record import Record
 
@@ -17,176 +32,218 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class EquivalentRank:
-    """The rank of a dedicated LoRA with an adapter's loss, and its 95 % bootstrap interval.
-
-    0 is a loss above that of the smallest dedicated LoRA, infinity one below that of the largest.
-    first, last: their ranks.
-    """
-
-    value: float
-    low: float
-    high: float
-    first: int
-    last: int
-
-    def text(self) -> str:
-        return f"{self._one(self.value)} [{self._one(self.low)}, {self._one(self.high)}]"
-
-    def _one(self, rank: float) -> str:
-        if rank == 0:
-            return f"<{self.first}"
-        return f">{self.last}" if math.isinf(rank) else f"{rank:.1f}"
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A curve against the dedicated LoRAs, by rank.
 
-    excess: 100 (loss / dedicated loss - 1), percent. cost: training tokens relative to one LoRA
-    run, None where a record does not say.
+    excess: 100 (loss / dedicated loss - 1), percent. equivalent: the rank of a dedicated LoRA with
+    the same loss, see `rank_at_loss`. cost: training tokens relative to one LoRA run, None where a
+    record does not say.
     """
 
     curve: Curve
-    excess: Mapping[int, float]
-    equivalent: Mapping[int, EquivalentRank]
+    excess: Mapping[int, Estimate]
+    equivalent: Mapping[int, Estimate]
     cost: float | None
 
 
-def comparisons(table: RankTable, records: Sequence[Record]) -> list[Comparison]:
-    """Every curve of a table of losses; none where there are fewer than FEWEST dedicated LoRAs.
+@dataclass(frozen=True)
+class Comparisons:
+    """The curves of a table of losses against its dedicated LoRAs.
 
-    records: those behind the table, for the cost.
+    dedicated: by rank. cost: of all of them together. unit: the epochs of the LoRA run whose tokens
+    are 1, the longest of the table's R. scored: whether there are documents' scores, and intervals.
     """
-    dedicated = dedicated_scores(table)
-    if len(dedicated) < FEWEST or len(table.documents) != 1 or not table.metric.lower_is_better:
-        return []
-    tokens = {record.name: (record.training or {}).get("tokens") for record in records}
-    one = next((cost for row in _whole(table) if (cost := _tokens(row, tokens))), None)
-    found = []
-    for row in table.rows:
-        if row.kind != "curve" or row.rule is None or row.same_as is not None:
-            continue
-        scores = {rank: s for rank, s in columns_of(row, table).items() if isinstance(rank, int)}
-        if is_baseline(row.method_name) and row.rule != REFERENCE_RULE:
-            continue  # is one of the dedicated LoRAs
-        cost = _tokens(row, tokens)
-        found.append(
-            Comparison(
-                row,
-                {
-                    rank: 100 * (s.mean() / dedicated[rank].mean() - 1)
-                    for rank, s in scores.items()
-                    if rank in dedicated
-                },
-                {rank: equivalent_rank(dedicated, s) for rank, s in scores.items()},
-                cost / one if cost and one else None,
-            )
+
+    table: RankTable
+    dedicated: Mapping[int, Curve]
+    cost: float | None
+    unit: float | None
+    scored: bool
+    curves: Sequence[Comparison]
+
+    @property
+    def legend(self) -> str:
+        """What intervals and cost are, for a caption."""
+        known = "In brackets 95 % intervals over seeds and problems"
+        unknown = "Without intervals, as the records hold no scores of single problems"
+        return (
+            f"{known if self.scored else unknown}. Cost: training tokens, one LoRA run of "
+            f"{self.unit:g} epochs being 1"
         )
-    return found
+
+    def rank_text(self, equivalent: Estimate) -> str:
+        """An equivalent rank and its interval as tables print them."""
+        ends = (equivalent.value, equivalent.low, equivalent.high)
+        if ends in ((0, 0, 0), (math.inf,) * 3):
+            return self._rank(equivalent.value)  # no resample comes to the curve
+        return equivalent.text(self._rank, self._rank)
+
+    def _rank(self, rank: float) -> str:
+        if rank == 0:
+            return f"<{min(self.dedicated)}"
+        return f">{max(self.dedicated)}" if math.isinf(rank) else f"{rank:.1f}"
 
 
-def dedicated_scores(table: RankTable) -> dict[int, Scores]:
-    """By rank, the shown scores (seeds, documents) of the LoRA that was trained for it alone.
+def compare(table: RankTable, records: Sequence[Record]) -> Comparisons | None:
+    """None where there are fewer than FEWEST dedicated LoRAs with losses, or no curve beside them.
 
-    A LoRA of the table's R counts, too: at R its rules are all the function that was trained.
+    The intervals are over problems, the same for all rows, and over the seeds of each row. Compared
+    are rows that were trained on the same records and read on the same documents. records: those
+    behind the table, for the cost.
     """
-    found: dict[int, Scores] = {}
-    for row in (*(row for row in table.rows if row.kind == "dedicated"), *_whole(table)):
-        scores = columns_of(row, table).get(row.rank)
-        if scores is not None and row.rank not in found:
-            found[row.rank] = scores
-    return dict(sorted(found.items()))
-
-
-def equivalent_rank(
-    dedicated: Mapping[int, Scores], ours: Scores, *, samples: int = 2000, seed: int = 0
-) -> EquivalentRank:
-    """The equivalent rank of `ours`, (seeds, documents), of one rank and rule.
-
-    The interval is over documents, the same for all, and over the seeds of each.
-    """
+    dedicated = dedicated_rows(table) if table.metric.metric == "loss" else {}
+    contents = {row.content for row in dedicated.values()}
+    if len(dedicated) < FEWEST or len(contents) != 1 or len(table.documents) != 1:
+        return None
+    curves = [
+        row
+        for row in table.rows
+        if row.kind == "curve"
+        and row.seeds
+        and row.same_as is None
+        and row.content in contents
+        and not (is_baseline(row.method_name) and row.cells.keys() == {row.rank})
+    ]
+    if not curves:
+        return None
     ranks = [*dedicated]
-    lines = [*dedicated.values(), ours]
-    value = rank_at_loss(ranks, [line.mean() for line in lines[:-1]], float(ours.mean()))
-    means = resampled_means(lines, samples=samples, seed=seed)
-    drawn = [rank_at_loss(ranks, m[:-1].tolist(), float(m[-1])) for m in means.T]
-    drawn.sort()  # not interpolated: there may be infinities
-    low, high = drawn[int(0.025 * samples)], drawn[math.ceil(0.975 * samples) - 1]
-    return EquivalentRank(value, low, high, ranks[0], ranks[-1])
+    places = [*((row, rank) for rank, row in dedicated.items())]
+    places += [(row, rank) for row in curves for rank in row.cells]
+    means = np.array([[row.cells[rank].mean] for row, rank in places])
+    drawn = _resampled(places, table)
+    scored = drawn.keys() >= set(range(len(ranks)))
+    of_ranks = np.stack([drawn[number] for number in range(len(ranks))]) if scored else None
+
+    def estimate(number: int, quantity: Callable[[Scores, Scores], Scores]) -> Estimate:
+        """Of a quantity of the dedicated losses, (ranks, n), and the losses of a place, (n,)."""
+        (value,) = quantity(means[: len(ranks)], means[number]).tolist()
+        if of_ranks is None or number not in drawn:
+            return Estimate(value)
+        return Estimate(value, *interval(quantity(of_ranks, drawn[number])))
+
+    tokens = {record.name: (record.training or {}).get("tokens") for record in records}
+    unit = max((*svd_of_lora(table), dedicated[ranks[-1]]), key=lambda row: row.epochs or 0)
+    one = _tokens(unit, tokens)
+
+    def cost(*rows: Curve) -> float | None:
+        spent = [each for row in rows if (each := _tokens(row, tokens)) is not None]
+        return sum(spent) / one if one and len(spent) == len(rows) else None
+
+    numbers = itertools.count(len(ranks))
+    compared = []
+    for row in curves:
+        at = dict(zip(row.cells, numbers, strict=False))
+        excess = {r: estimate(at[r], partial(_excess, ranks.index(r))) for r in ranks if r in at}
+        equivalent = {r: estimate(n, partial(rank_at_loss, ranks)) for r, n in at.items()}
+        compared.append(Comparison(row, excess, equivalent, cost(row)))
+    total = cost(*dedicated.values())
+    return Comparisons(table, dedicated, total, unit.epochs, scored, compared)
 
 
-def rank_at_loss(ranks: Sequence[int], losses: Sequence[float], loss: float) -> float:
-    """Where the curve of losses over ranks, made monotone, has `loss`: interpolated over log2 rank.
-
-    Ranks ascend; each loss counts as the lowest of it and those of smaller ranks. The smallest such
-    rank; 0 where `loss` is above the curve, infinity where it is below.
-    """
-    envelope = np.minimum.accumulate(losses)
-    if loss > envelope[0]:
-        return 0.0
-    if loss < envelope[-1]:
-        return math.inf
-    after = int(np.argmax(envelope <= loss))
-    if after == 0:
-        return float(ranks[0])
-    above, below = envelope[after - 1], envelope[after]
-    share = (above - loss) / (above - below)
-    return float(ranks[after - 1] * (ranks[after] / ranks[after - 1]) ** share)
+def _resampled(places: Sequence[tuple[Curve, int]], table: RankTable) -> dict[int, Scores]:
+    """By number, the resampled mean losses of each row at a rank; not where scores are missing."""
+    rows = {id(row): row for row, _ in places}
+    scores = {key: columns_of(row, table) for key, row in rows.items()}
+    lines = {n: scores[id(row)].get(rank) for n, (row, rank) in enumerate(places)}
+    known = {number: line for number, line in lines.items() if line is not None}
+    if not known:
+        return {}
+    return dict(zip(known, resampled_means([*known.values()]), strict=True))
 
 
-def format_comparisons(records: Sequence[Record], title: str) -> str:
-    """Markdown: for each table of losses the excess over dedicated LoRAs and equivalent ranks.
-
-    Empty where no table has curves to compare.
-    """
-    parts = [f"# {title}\n"]
-    for table in rank_tables(records):
-        found = comparisons(table, records)
-        if not found:
-            continue
-        ranks = [*dedicated_scores(table)]
-        total = _all_dedicated(table, records)
-        parts.append(f"## {table.metric.label}\n")
-        parts.append(
-            "Loss above that of the LoRA trained for the rank alone, %; below it the rank of a "
-            "dedicated LoRA with the adapter's loss, with its 95 % interval over seeds and "
-            "documents. Cost: training tokens, one LoRA run being 1"
-            + ("" if total is None else f"; the {len(ranks)} dedicated LoRAs take {total:.3g}")
-            + ".\n"
-        )
-        header = ["method", "R", "scaling", "rule", "lr", "seeds", "cost", *map(str, ranks)]
-        lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 4)]
-        for one in found:
-            row = one.curve
-            cost = "" if one.cost is None else f"{one.cost:.3g}"
-            names = [row.method, str(row.rank), row.scaling, str(row.rule), f"{row.lr:g}"]
-            excess = [f"{one.excess[rank]:+.1f}" if rank in one.excess else "–" for rank in ranks]
-            equal = [
-                one.equivalent[rank].text() if rank in one.equivalent else "–" for rank in ranks
-            ]
-            cells = ["<br>".join(pair) for pair in zip(excess, equal, strict=True)]
-            lines.append([*names, str(row.seeds), cost, *cells])
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join(parts) if len(parts) > 1 else ""
-
-
-def _whole(table: RankTable) -> list[Curve]:
-    """Curves that read a LoRA of the table's R, those of another rule than its SVD first."""
-    found = [row for row in table.rows if row.kind == "curve" and is_baseline(row.method_name)]
-    return sorted(found, key=lambda row: row.rule == REFERENCE_RULE)
+def _excess(place: int, losses: Scores, loss: Scores) -> Scores:
+    return 100 * (loss / losses[place] - 1)
 
 
 def _tokens(row: Curve, tokens: Mapping[str, float | None]) -> float | None:
-    counts = [tokens.get(run) for run in dict.fromkeys(row.points["run"])] if row.seeds else []
+    """Mean over seeds; None where a record does not say."""
+    counts = [tokens.get(run) for run in dict.fromkeys(row.points["run"])]
     known = [count for count in counts if count]
     return sum(known) / len(known) if known and len(known) == len(counts) else None
 
 
-def _all_dedicated(table: RankTable, records: Sequence[Record]) -> float | None:
-    tokens = {record.name: (record.training or {}).get("tokens") for record in records}
-    costs: dict[int, float] = {}
-    for row in (*(row for row in table.rows if row.kind == "dedicated"), *_whole(table)):
-        if (cost := _tokens(row, tokens)) is not None:
-            costs.setdefault(row.rank, cost)
-    return sum(costs.values()) / costs[max(costs)] if costs else None
+def rank_at_loss(
+    ranks: Sequence[int], losses: npt.ArrayLike, loss: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """Where the curve of losses over ranks, made monotone, has `loss`: interpolated over log2 rank.
+
+    losses: (ranks, ...), loss (...) and the result (...). Ranks ascend; each loss counts as the
+    lowest of it and those of smaller ranks. The smallest such rank; 0 where `loss` is above the
+    curve, infinity where it is below.
+    """
+    envelope = np.minimum.accumulate(np.asarray(losses, dtype=np.float64), axis=0)
+    first, last, given = envelope[0], envelope[-1], np.asarray(loss, dtype=np.float64)
+    inside = np.clip(given, last, first)
+    after = np.argmax(envelope <= inside, axis=0)
+    before = np.maximum(after - 1, 0)
+    above, below = (np.take_along_axis(envelope, at[None], 0)[0] for at in (before, after))
+    gap = np.where(above > below, above - below, 1.0)
+    steps = np.log2(np.asarray(ranks, dtype=np.float64))
+    place = steps[before] + (steps[after] - steps[before]) * (above - inside) / gap
+    slack = 1e-9 * np.abs(given)  # a dedicated LoRA is on the curve, however its mean was rounded
+    return np.where(given > first + slack, 0.0, np.where(given < last - slack, np.inf, 2.0**place))
+
+
+def write_comparisons(found: Sequence[Comparisons], stem: Path, title: str) -> list[Path]:
+    """Write `<stem>.csv`, `.md` and `.tex`: excess over dedicated LoRAs and equivalent ranks."""
+    if not found:
+        return []
+    csv = write_csv(pd.DataFrame([line for one in found for line in _csv_lines(one)]), stem)
+    return [csv, *write_grids([_grid(one) for one in found], stem, title)]
+
+
+def percent_text(excess: Estimate) -> str:
+    """An excess, in percent, and its interval as tables print them."""
+    # + 0.0 turns -0.0 into 0.0.
+    return excess.text(lambda x: f"{round(x, 1) + 0.0:+.1f}", lambda x: f"{round(x, 1) + 0.0:.1f}")
+
+
+def cost_text(cost: float | None) -> str:
+    return "" if cost is None else f"{cost:.2g}"
+
+
+def _csv_lines(one: Comparisons) -> Iterator[dict[str, Any]]:
+    metric = one.table.metric
+    for compared in one.curves:
+        row = compared.curve
+        for rank, cell in row.cells.items():
+            line = {
+                "task": metric.task,
+                "shots": metric.shots,
+                "limit": metric.limit,
+                "metric": metric.metric,
+                **row_settings(row),
+                "cost": compared.cost,
+                "rank": rank,
+                "mean": cell.mean,
+            }
+            for name, found in (("excess", compared.excess), ("equivalent", compared.equivalent)):
+                estimate = found.get(rank, Estimate(math.nan))
+                line |= {f"{name} {key}": value for key, value in vars(estimate).items()}
+            yield line
+
+
+def _grid(one: Comparisons) -> Grid:
+    """A line a curve, at each rank the excess above the equivalent rank."""
+    table = one.table
+    ranks = [*one.dedicated]
+    lines = []
+    for compared in one.curves:
+        cells = []
+        for rank in ranks:
+            parts = []
+            if rank in compared.excess:
+                parts.append(percent_text(compared.excess[rank]))
+            if rank in compared.equivalent:
+                parts.append(one.rank_text(compared.equivalent[rank]))
+            cells.append("\n".join(parts) or HOLE)
+        lines.append([*row_names(table, compared.curve), cost_text(compared.cost), *cells])
+    total = "" if one.cost is None else f"; the {len(ranks)} dedicated LoRAs take {one.cost:.2g}"
+    return Grid(
+        table.metric.label,
+        "First line: loss above that of the LoRA trained for the rank alone, %. Second: the rank "
+        "of a dedicated LoRA with the adapter's loss, read off their monotone curve over log2 "
+        f"rank. {one.legend}{total}",
+        [*row_header(table), "cost", *map(str, ranks)],
+        lines,
+    )

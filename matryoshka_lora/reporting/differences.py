@@ -1,6 +1,7 @@
-"""How far each curve is above or below the SVD of a plain LoRA, problem by problem."""
+"""How far each curve is above or below what it has to beat, problem by problem."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from matryoshka_lora.evaluation.rows import decode_scores
 from matryoshka_lora.reporting.aurac import AXES, Axis, trapezoid_weights
-from matryoshka_lora.reporting.bootstrap import bootstrap_intervals
+from matryoshka_lora.reporting.bootstrap import bootstrap_intervals, interval, resampled_means
 from matryoshka_lora.reporting.curves import Curve, RankTable
 from matryoshka_lora.reporting.frame import grouped
 from matryoshka_lora.reporting.names import is_baseline
@@ -21,20 +22,46 @@ REFERENCE_RULE = "svd"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Mean over documents and its 95 % bootstrap interval, in the unit of the table.
+class Reference:
+    """What others are compared with, and the mark of a difference from it that holds.
 
-    apart: the seeds of the two do not overlap. The interval knows nothing of seeds.
+    rows: by column the row that stands there.
+    """
+
+    name: str
+    mark: str
+    rows: Mapping[Column, Curve]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over documents and its 95 % bootstrap interval over them, in the unit of the table.
+
+    holds: 0 lies outside of it, as printed, and of the interval over seeds and documents.
     """
 
     mean: float
     low: float
     high: float
-    apart: bool
+    holds: bool
 
 
-def references(table: RankTable) -> list[Curve]:
-    """The curves that others may be compared with; with several there is nothing to choose by."""
+def references(table: RankTable) -> list[Reference]:
+    """The SVD of a plain LoRA, unless there are several, and the LoRAs that were trained for a rank
+    alone."""
+    found = []
+    if len(bases := svd_of_lora(table)) == 1:
+        (base,) = bases
+        name = f"{base.method} {base.rule} (seeds: {base.seeds})"
+        found.append(Reference(name, "★", dict.fromkeys(columns_of(base, table), base)))
+    if rows := dedicated_rows(table):
+        name = "the LoRA trained for the rank alone"
+        found.append(Reference(name, "☆", dict[Column, Curve](rows.items())))
+    return found
+
+
+def svd_of_lora(table: RankTable) -> list[Curve]:
+    """The curves of plain LoRAs by their SVD; with several there is nothing to choose by."""
     return [
         row
         for row in table.rows
@@ -42,38 +69,62 @@ def references(table: RankTable) -> list[Curve]:
     ]
 
 
-def differences(table: RankTable) -> list[tuple[Curve, dict[Column, Difference]]]:
-    """Curves and dedicated LoRAs, each minus the one reference at the ranks and axes of both.
+def dedicated_rows(table: RankTable) -> dict[int, Curve]:
+    """By rank, the LoRA that was trained for it alone: of several rates the best.
 
-    Intervals are over documents, seeds averaged before. Rules that are the same function as another
-    one are left out, and so are values that are not the mean of documents' scores in the records,
-    and all of a table whose values are over different documents.
+    Where one was, a LoRA of the table's R that was read at all ranks stands for R, if no other
+    does: there its rules are all the function that was trained.
     """
-    bases = references(table)
-    if len(bases) != 1 or len(table.documents) != 1:
+    alone = [row for row in table.rows if row.kind == "dedicated"]
+    whole = [row for row in table.rows if row.kind == "curve" and is_baseline(row.method_name)]
+    sign = 1 if table.metric.lower_is_better else -1
+    found: dict[int, Curve] = {}
+    for rows in (alone, whole if alone else []):
+        known = [row for row in rows if row.rank in row.cells and row.rank not in found]
+        for row in sorted(known, key=lambda row: sign * row.cells[row.rank].mean):
+            found.setdefault(row.rank, row)
+    return dict(sorted(found.items()))
+
+
+def differences(
+    table: RankTable, reference: Reference
+) -> list[tuple[Curve, dict[Column, Difference]]]:
+    """Curves and dedicated LoRAs, each minus the reference at the ranks and axes of both.
+
+    Left out are values that are not the mean of documents' scores in the records, pairs that were
+    not trained on the same records or read on the same documents, and all of a table whose values
+    are over different documents.
+    """
+    if len(table.documents) != 1:
         return []
-    (base,) = bases
-    theirs = columns_of(base, table)
-    compared: list[tuple[Curve, list[Column]]] = []
-    means: list[Scores] = []
-    apart: list[bool] = []
+    scores = {id(row): columns_of(row, table) for row in table.rows}
+    pairs: list[tuple[Curve, Column, Scores, Scores]] = []
     for row in table.rows:
-        same = (row.model, row.dataset) == (base.model, base.dataset)
-        if not same or row is base or row.kind == "base" or row.same_as is not None:
-            continue
-        ours = {x: scores for x, scores in columns_of(row, table).items() if x in theirs}
-        if ours:
-            compared.append((row, list(ours)))
-        for column, scores in ours.items():
-            means.append(scores.mean(axis=0) - theirs[column].mean(axis=0))
-            mine, other = scores.mean(axis=1), theirs[column].mean(axis=1)
-            apart.append(bool(mine.min() > other.max() or mine.max() < other.min()))
-    intervals = bootstrap_intervals(means).tolist() if means else []
-    found = (
-        Difference(float(mean.mean()), low, high, seeds)
-        for mean, (low, high), seeds in zip(means, intervals, apart, strict=True)
-    )
-    return [(row, {column: next(found) for column in columns}) for row, columns in compared]
+        for column, base in reference.rows.items():
+            if base is row or base.content != row.content:
+                continue
+            ours, theirs = scores[id(row)].get(column), scores[id(base)].get(column)
+            if ours is not None and theirs is not None:
+                pairs.append((row, column, ours, theirs))
+    if not pairs:
+        return []
+    gaps = [ours.mean(axis=0) - theirs.mean(axis=0) for *_, ours, theirs in pairs]
+    over_documents = bootstrap_intervals(gaps).tolist()
+    drawn = resampled_means([line for *_, ours, theirs in pairs for line in (ours, theirs)])
+    over_seeds = map(interval, drawn[::2] - drawn[1::2])
+    found: dict[int, tuple[Curve, dict[Column, Difference]]] = {}
+    for (row, column, *_), gap, (low, high), seeds in zip(
+        pairs, gaps, over_documents, over_seeds, strict=True
+    ):
+        holds = all(_excludes_zero(table, ends) for ends in ((low, high), seeds))
+        _, cells = found.setdefault(id(row), (row, {}))
+        cells[column] = Difference(float(gap.mean()), low, high, holds)
+    return list(found.values())
+
+
+def _excludes_zero(table: RankTable, ends: tuple[float, float]) -> bool:
+    low, high = (round(end, table.metric.digits) for end in ends)
+    return low > 0 or high < 0
 
 
 def columns_of(curve: Curve, table: RankTable) -> dict[Column, Scores]:

@@ -23,8 +23,10 @@ RUN_COLUMNS = (
     "R",
     "scaling",
     "lr",
+    "epochs",
     "seed",
     "variant",
+    "row",
     "problem",
 )
 ROW_COLUMNS = (*(field.name for field in dataclasses.fields(Row)), "test_set")
@@ -107,17 +109,19 @@ def tidy_frame(
     The columns of a run (`RUN_COLUMNS`) are repeated on all its lines:
         run: its name, for messages.
         group: a number; runs that differ in nothing but the seed share it. Lines are ordered by
-            it, then by seed: model, dataset, scaling, method, falling R, rising lr.
-        model, dataset, method, R, scaling, lr, seed: its settings.
+            it, then by seed: model, dataset, scaling, method, falling R, rising lr and epochs.
+        model, dataset, method, R, scaling, lr, epochs, seed: its settings.
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
+        row: the name that the table gives the run, else None.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
     Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called, all
     missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not
     measured), all other columns are objects.
 
     planned: resolved configs of all runs that there should be; one that has a record is that
-    record. They are taken to train on the same content as the records of the same settings.
+    record. They are taken to train on the same content as the records of the same settings, or else
+    of the same model and data set.
     unfinished: take the rows of records that are not finished, too.
     Raises UserError for a config that lacks a setting tables need, and for two records of one run.
     """
@@ -126,7 +130,7 @@ def tidy_frame(
         complete = unfinished or record.status == "finished"
         found = _variant(record.name, record.config, record.model, record.data.get("fingerprint"))
         problem = None if complete else _problem(record)
-        run = _run(record.name, record.config, found, problem)
+        run = _run(record.name, record.config, found, problem, record.diagnostics.get("row"))
         twin, _ = runs.setdefault(_key(run), (run, record.rows if complete else []))
         if twin is not run:
             raise UserError(
@@ -134,12 +138,18 @@ def tidy_frame(
                 "away, or its seed would count twice"
             )
     recorded: dict[Any, Variant] = {}
+    contents: dict[tuple[str, str], Variant] = {}
     for key in sorted(runs):
-        recorded.setdefault(_settings(runs[key][0]), runs[key][0]["variant"])
+        run = runs[key][0]
+        recorded.setdefault(_settings(run), run["variant"])
+        content = tuple(pair for pair in run["variant"] if pair[0] in CONTENT)
+        contents.setdefault((run["model"], run["dataset"]), content)
     for number, config in enumerate(planned or (), start=1):
         name = f"planned run {number}"
         run = _run(name, config, _variant(name, config, {}, None), "no record")
-        run["variant"] = recorded.get(_settings(run), run["variant"])
+        content = contents.get((run["model"], run["dataset"]), ())
+        likely = tuple(sorted((dict(run["variant"]) | dict(content)).items()))
+        run["variant"] = recorded.get(_settings(run), likely)
         runs.setdefault(_key(run), (run, []))
     numbers = {group: n for n, group in enumerate(sorted({group for group, _ in runs}))}
     by_base: dict[tuple[str, str], list[Row]] = {}
@@ -186,7 +196,11 @@ def lines_of(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def _run(
-    name: str, config: Mapping[str, Any], variant: Variant, problem: str | None
+    name: str,
+    config: Mapping[str, Any],
+    variant: Variant,
+    problem: str | None,
+    row: str | None = None,
 ) -> dict[str, Any]:
     def setting(key: str, kind: type) -> Any:
         value: Any = config
@@ -207,8 +221,10 @@ def _run(
         "R": setting("adapter.rank", int),
         "scaling": setting("adapter.scaling", str),
         "lr": setting("trainer.lr", float),
+        "epochs": setting("trainer.epochs", float),
         "seed": setting("seed", int),
         "variant": variant,
+        "row": row,
         "problem": problem,
     }
 
@@ -224,6 +240,7 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, int]:
         run["method"],
         -run["R"],
         (undecided, 0.0 if undecided else run["lr"]),
+        run["epochs"],
         run["variant"],
     )
     return group, run["seed"]

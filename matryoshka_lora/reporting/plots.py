@@ -18,6 +18,8 @@ from matryoshka_lora.reporting.names import method_style, rule_place
 # For methods without a style of their own, and for further variants of a method in one table; of
 # Okabe and Ito's palette, told apart by all common kinds of colour vision.
 _SPARE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
+# For tables of many variants, which no palette tells apart without markers: 7 x 10 pairs.
+_MANY_STYLES = tuple((f"C{n % 10}", "os^vDPX"[n % 7]) for n in range(70))
 # By the order of the rules.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -102,15 +104,20 @@ def _panel(ax: Axes, table: RankTable) -> None:
         _line(ax, table, curve, rules)
     for curve in _references(table):
         _reference(ax, table, curve)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator([rank for rank in table.ranks if rank > 0]))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("rank at inference")
+    rank_axis(ax, [rank for rank in table.ranks if rank > 0])
     ax.set_ylabel(f"{table.metric.metric} ({table.metric.unit})")
     shared = ", ".join(f"{name} {value}" for name, value in table.shared.items())
     lines = textwrap.wrap(shared, _TITLE_CHARACTERS, break_on_hyphens=False)
     ax.set_title("\n".join([table.metric.label, *lines]), loc="left")
+
+
+def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+    """The horizontal axis: log2 of the rank, a tick at each of `ranks`."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(ranks))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("rank at inference")
 
 
 def _legend(below: Axes, ax: Axes) -> None:
@@ -153,7 +160,10 @@ def _drawn(table: RankTable) -> list[tuple[Curve, list[str]]]:
 
 
 def _identity(curve: Curve) -> tuple[Any, ...]:
-    return (curve.model, curve.dataset, curve.method, curve.rank, curve.scaling, curve.lr)
+    return (
+        *(curve.model, curve.dataset, curve.method, curve.rank),
+        *(curve.scaling, curve.lr, curve.epochs),
+    )
 
 
 def _references(table: RankTable) -> list[Curve]:
@@ -221,6 +231,7 @@ def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
 def _distinction(table: RankTable, curve: Curve) -> str:
     """What tells a curve from others of the same method and rule."""
     values = {"model": curve.model, "dataset": curve.dataset, "scaling": curve.scaling}
+    values["epochs"] = f"{curve.epochs:g} epochs"
     if curve.kind == "curve":
         values["R"] = f"R={curve.rank}"
     parts = [value for name, value in values.items() if name not in table.shared]
@@ -250,5 +261,7 @@ def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
     own = method_style(curve.method_name)
     if own is not None and curve.method == labels[0]:
         return own
-    methods = dict.fromkeys(row.method for row in table.rows if row.kind == "curve")
-    return _SPARE_STYLES[list(methods).index(curve.method) % len(_SPARE_STYLES)]
+    methods = list(dict.fromkeys(row.method for row in table.rows if row.kind == "curve"))
+    variants = len(set(labels)) - (own is not None)
+    styles = _SPARE_STYLES if variants <= len(_SPARE_STYLES) else _MANY_STYLES
+    return styles[methods.index(curve.method) % len(styles)]

@@ -34,6 +34,7 @@ class RateLine:
     method: str
     rank: int
     scaling: str
+    epochs: float
     rule: str
     losses: Mapping[float, float | None]
 
@@ -54,7 +55,7 @@ def rate_lines(records: Sequence[Record]) -> list[RateLine]:
     labels = group_labels(runs)
     held_out = frame[(frame["task"] == TASK) & (frame["metric"] == "loss") & frame["value"].notna()]
     lines: list[RateLine] = []
-    same = ["model", "dataset", "method", "R", "scaling", "variant"]
+    same = ["model", "dataset", "method", "R", "scaling", "epochs", "variant"]
     for _, members in sorted(runs.groupby(same), key=lambda item: min(item[1]["group"])):
         own = held_out[held_out["group"].isin(set(members["group"]))]
         diverged = sorted(set(members["lr"][members["problem"].notna()]))
@@ -71,6 +72,7 @@ def rate_lines(records: Sequence[Record]) -> list[RateLine]:
                     run.method,
                     run.R,
                     run.scaling,
+                    run.epochs,
                     rule,
                     dict(sorted({**dict.fromkeys(diverged), **means}.items())),
                 )
@@ -79,16 +81,17 @@ def rate_lines(records: Sequence[Record]) -> list[RateLine]:
 
 
 def format_rates(lines: Sequence[RateLine], title: str) -> str:
-    """Markdown: a line a row with every rate and its loss, the lowest bold."""
-    header = ["method", "R", "scaling", "rule", "best lr", "lr: held-out loss (nats/token)"]
-    body = [header, ["---", "---:", "---", "---", "---:", "---"]]
+    """Markdown: a line a row with every rate and its loss."""
+    header = ["method", "R", "scaling", "epochs", "rule"]
+    header += ["best lr", "lr: held-out loss (nats/token)"]
+    body = [header, ["---", "---:", "---", "---:", "---", "---:", "---"]]
     for line in lines:
-        tried = []
-        for rate, loss in line.losses.items():
-            text = f"{rate:g}: " + ("diverged" if loss is None else f"{loss:.4f}")
-            tried.append(f"**{text}**" if rate == line.best else text)
+        tried = [
+            f"{rate:g}: " + ("diverged" if loss is None else f"{loss:.4f}")
+            for rate, loss in line.losses.items()
+        ]
         best = "–" if line.best is None else f"{line.best:g}"
-        names = [line.label, str(line.rank), line.scaling, line.rule]
+        names = [line.label, str(line.rank), line.scaling, f"{line.epochs:g}", line.rule]
         body.append([*names, best, ", ".join(tried)])
     grid = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
     return (
@@ -99,9 +102,9 @@ def format_rates(lines: Sequence[RateLine], title: str) -> str:
 
 
 def write_rates(records: Sequence[Record], stem: Path, figure: Path, title: str) -> list[Path]:
-    """Write `<stem>.md` and `<figure>.png`, `.pdf`; nothing where no record has a held-out loss."""
+    """Write `<stem>.md` and `<figure>.png`, `.pdf`; nothing where no row has tried two rates."""
     lines = rate_lines(records)
-    if not lines:
+    if all(len(line.losses) < 2 for line in lines):
         return []
     path = stem.with_name(stem.name + ".md")
     write_atomically(path, format_rates(lines, title).encode())
@@ -135,7 +138,8 @@ def _figure(lines: Sequence[RateLine]) -> Figure:
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
                 linewidth=1.2,
-                label=f"{line.label} R={line.rank} {line.scaling} {line.rule}",
+                label=f"{line.label} R={line.rank} {line.scaling} {line.rule}, "
+                f"{line.epochs:g} epochs",
             )
         ax.set_xscale("log")
         ax.set_xlabel("learning rate")

@@ -1,19 +1,34 @@
 """Rank tables as CSV, Markdown, LaTeX, pandas and plain text."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.reporting.aurac import AXES, Axis
 from matryoshka_lora.reporting.curves import Cell, Curve, RankTable, rank_tables, run_tables
-from matryoshka_lora.reporting.differences import Difference, differences, references
+from matryoshka_lora.reporting.differences import (
+    Column,
+    Difference,
+    Reference,
+    differences,
+    references,
+    svd_of_lora,
+)
+from matryoshka_lora.reporting.grids import (
+    HOLE,
+    Grid,
+    row_header,
+    row_names,
+    row_settings,
+    write_csv,
+    write_grids,
+)
 from matryoshka_lora.runs.record import Record
 
-_SHARED = ("model", "dataset", "R", "scaling")
+_Marks = dict[tuple[int, Column], str]
+"""By id of a row and column, the marks of the differences that hold."""
 
 
 def table_frame(table: RankTable) -> pd.DataFrame:
@@ -28,19 +43,12 @@ def write_tables(tables: Sequence[RankTable], stem: str | Path, title: str) -> l
     """Write `<stem>.csv`, `.md` and `.tex` and return their paths; same tables, same bytes.
 
     CSV: one line for each row of any table, mean and sd apart. Markdown and LaTeX: a section a
-    table, `mean ± sd`, the best value of each column bold unless all are equal, what is missing
-    named below. Markdown also has the differences from one curve, see `differences`.
+    table, `mean ± sd`, what is missing named below, then the differences from each reference, see
+    `differences`; those that hold are marked.
     """
     stem = Path(stem)
-    contents = {
-        ".csv": _csv(tables),
-        ".md": "\n".join([f"# {title}\n", *map(_markdown, tables)]),
-        ".tex": "\n".join(["% Needs \\usepackage{booktabs}.\n", *map(_latex, tables)]),
-    }
-    paths = [stem.with_name(stem.name + suffix) for suffix in contents]
-    for path, text in zip(paths, contents.values(), strict=True):
-        write_atomically(path, text.encode())
-    return paths
+    csv = write_csv(_frame(tables), stem)
+    return [csv, *write_grids([grid for table in tables for grid in _grids(table)], stem, title)]
 
 
 def format_run_table(record: Record) -> str:
@@ -56,44 +64,22 @@ def format_run_table(record: Record) -> str:
 def format_multirun(records: Sequence[Record]) -> str:
     """Scores of several runs as plain text: a block a metric, a line for each method and rule.
 
-    As in `write_tables` seeds are pooled, and the best value of a column is marked by `>`. Raises
-    UserError as `rank_tables` does.
+    As in `write_tables` seeds are pooled. Raises UserError as `rank_tables` does.
     """
     blocks = []
     for table in rank_tables(records):
-        lines = _body(table, _PLAIN)
-        text_columns = lines[0].index("seeds")
+        grid = _scores(table, {})
+        lines = [grid.header, *grid.lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        block = [table.metric.label, f"{_caption(table)}; > marks the best"]
+        block = [grid.title, grid.caption]
         for line in lines:
             cells = [
-                text.ljust(width) if place < text_columns else text.rjust(width)
+                text.ljust(width) if place < grid.text_columns else text.rjust(width)
                 for place, (text, width) in enumerate(zip(line, widths, strict=True))
             ]
             block.append("  ".join(cells).rstrip())
-        blocks.append("\n".join([*block, *_notes(table)]))
+        blocks.append("\n".join([*block, *grid.notes]))
     return "\n\n".join(blocks)
-
-
-@dataclass(frozen=True)
-class _Markup:
-    """How one format writes a cell."""
-
-    plus_minus: str
-    hole: str
-    untrained: str
-    bold: Callable[[str], str]
-    escape: Callable[[str], str]
-
-
-_PLAIN = _Markup("±", "-", "*", ">{}".format, lambda text: text)
-_MARKDOWN = _Markup("±", "–", "\\*", "**{}**".format, lambda text: text.replace("|", "\\|"))
-_LATEX_SPECIAL = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
-)
-_LATEX = _Markup(
-    "$\\pm$", "--", "$^*$", "\\textbf{{{}}}".format, lambda text: text.translate(_LATEX_SPECIAL)
-)
 
 
 def _line(table: RankTable, row: Curve) -> dict[str, Any]:
@@ -104,15 +90,7 @@ def _line(table: RankTable, row: Curve) -> dict[str, Any]:
         "limit": metric.limit,
         "metric": metric.metric,
         "filter": metric.filter,
-        "model": row.model,
-        "dataset": row.dataset,
-        "method": row.method,
-        "R": row.rank,
-        "scaling": row.scaling,
-        "lr": row.lr,
-        "rule": row.rule,
-        "seeds": row.seeds,
-        "planned": row.planned,
+        **row_settings(row),
     }
     cells: list[tuple[str, Cell | None]] = [(str(r), row.cells.get(r)) for r in table.ranks]
     cells += [(f"AURAC {axis}", row.aurac.get(axis)) for axis in AXES]
@@ -130,59 +108,79 @@ def _frame(tables: Sequence[RankTable]) -> pd.DataFrame:
     measured = [f"{name} {part}" for name in names for part in ("mean", "sd")]
     settings = [name for name in frame if name not in measured]
     return frame[[*settings, *measured]].astype(
-        {"limit": "Int64"} | dict.fromkeys(["lr", *measured], float)
+        {"limit": "Int64"} | dict.fromkeys(["lr", "epochs", *measured], float)
     )
 
 
-def _csv(tables: Sequence[RankTable]) -> str:
-    frame = _frame(tables)
-    frame["lr"] = frame["lr"].map("{:g}".format, na_action="ignore")
-    return frame.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+def _grids(table: RankTable) -> list[Grid]:
+    """The scores, and the differences from each reference that there is."""
+    compared = [(reference, differences(table, reference)) for reference in references(table)]
+    compared = [(reference, found) for reference, found in compared if found]
+    marks: _Marks = {}
+    for reference, found in compared:
+        for row, cells in found:
+            for column, cell in cells.items():
+                if cell.holds:
+                    marks[id(row), column] = marks.get((id(row), column), "") + reference.mark
+    return [_scores(table, marks), *(_differences(table, *each) for each in compared)]
 
 
-def _body(table: RankTable, markup: _Markup) -> list[list[str]]:
-    """Header and rows as text of one format; constant columns are left to the caption."""
-    best = _best(table)
-    body = [[markup.escape(name) for name in _header(table, table.ranks)]]
+def _scores(table: RankTable, marks: _Marks) -> Grid:
+    """The rows of a table; constant columns are left to the caption."""
+    lines = []
     for row in table.rows:
-        line = [markup.escape(text) for text in _names(table, row)]
+        line = row_names(table, row)
         for column in (*table.ranks, *AXES):
             cell = _at(row, column)
             if cell is None:
-                line.append(markup.hole if _is_hole(row, column) else "")
+                line.append(HOLE if _is_hole(row, column) else "")
                 continue
             text = table.metric.text(cell.mean)
-            is_best = text == best.get(column)
             if cell.sd is not None:
-                text += f" {markup.plus_minus} {table.metric.text(cell.sd)}"
-            text = markup.bold(text) if is_best and _competes(table, row, column) else text
-            line.append(text + (markup.untrained if cell.untrained else ""))
-        body.append(line)
-    return body
+                text += f" ± {table.metric.text(cell.sd)}"
+            text += "*" if cell.untrained else ""
+            mark = marks.get((id(row), column), "")
+            line.append(f"{text} {mark}" if mark else text)
+        lines.append(line)
+    header = _header(table, (*table.ranks, *AXES))
+    return Grid(table.metric.label, _caption(table), header, lines, _notes(table, marks))
 
 
-def _header(table: RankTable, ranks: Sequence[int]) -> list[str]:
-    varying = [name for name in _SHARED if name not in table.shared]
-    areas = [f"AURAC {axis}" for axis in AXES]
-    return ["method", *varying, "rule", "lr", "seeds", *map(str, ranks), *areas]
+def _header(table: RankTable, columns: Sequence[Column]) -> list[str]:
+    names = [f"AURAC {column}" if column in AXES else str(column) for column in columns]
+    return [*row_header(table), *names]
 
 
-def _names(table: RankTable, row: Curve) -> list[str]:
-    """What stands before the numbers of a row."""
-    identity = {
-        "model": row.model,
-        "dataset": row.dataset,
-        "R": str(row.rank),
-        "scaling": row.scaling,
-    }
-    seeds = str(row.seeds) if row.seeds == row.planned else f"{row.seeds}/{row.planned}"
-    return [
-        row.method,
-        *(identity[name] for name in _SHARED if name not in table.shared),
-        (row.rule or "") if row.kind == "curve" else "",
-        "" if row.lr is None else f"{row.lr:g}",
-        "" if row.kind == "base" else seeds,
-    ]
+def _differences(
+    table: RankTable,
+    reference: Reference,
+    found: Sequence[tuple[Curve, dict[Column, Difference]]],
+) -> Grid:
+    columns = [*filter(reference.rows.__contains__, (*table.curve_ranks, *AXES))]
+    lines = []
+    for row, cells in found:
+        if row.same_as is not None:
+            continue  # its other name has a line
+        texts = [
+            _difference(table, cells[c], reference.mark) if c in cells else "" for c in columns
+        ]
+        lines.append([*row_names(table, row), *texts])
+    return Grid(
+        table.metric.label,
+        f"Minus {reference.name}, with the 95 % interval of a bootstrap over the problems for "
+        f"these seeds. {reference.mark} where it and that over seeds and problems exclude 0; with "
+        "one seed each, neither knows how seeds differ",
+        _header(table, columns),
+        lines,
+    )
+
+
+def _difference(table: RankTable, cell: Difference, mark: str) -> str:
+    digits = table.metric.digits
+    # + 0.0 turns -0.0 into 0.0.
+    mean, low, high = (round(x, digits) + 0.0 for x in (cell.mean, cell.low, cell.high))
+    text = f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{text} {mark}" if cell.holds else text
 
 
 def _at(row: Curve, column: int | Axis) -> Cell | None:
@@ -191,25 +189,6 @@ def _at(row: Curve, column: int | Axis) -> Cell | None:
 
 def _is_hole(row: Curve, column: int | Axis) -> bool:
     return column in row.holes if isinstance(column, int) else row.kind == "curve"
-
-
-def _competes(table: RankTable, row: Curve, column: int | Axis) -> bool:
-    """The base has nobody to beat; areas over fewer ranks are another quantity."""
-    if row.kind == "base":
-        return False
-    return isinstance(column, int) or row.aurac_ranks == table.curve_ranks
-
-
-def _best(table: RankTable) -> dict[int | Axis, str]:
-    """The best value of each column as printed, so that what looks equal is marked equal."""
-    best: dict[int | Axis, str] = {}
-    choose = min if table.metric.lower_is_better else max
-    for column in (*table.ranks, *AXES):
-        cells = [_at(row, column) for row in table.rows if _competes(table, row, column)]
-        means = [cell.mean for cell in cells if cell is not None]
-        if len({table.metric.text(mean) for mean in means}) > 1:  # else nothing won
-            best[column] = table.metric.text(choose(means))
-    return best
 
 
 def _caption(table: RankTable) -> str:
@@ -221,85 +200,28 @@ def _caption(table: RankTable) -> str:
     return ", ".join(parts)
 
 
-def _notes(table: RankTable) -> list[str]:
-    notes = []
+def _notes(table: RankTable, marks: _Marks) -> list[str]:
+    notes = ["* rank outside the trained sub-ranks"] if _untrained(table) else []
+    held = "".join(marks.values())
+    legend = [
+        f"{ref.mark} differs from {ref.name}" for ref in references(table) if ref.mark in held
+    ]
+    if legend:
+        notes.append(", ".join(legend) + ": see the differences below")
     if len(table.documents) > 1:
         notes.append("not all values are over the same number of documents")
     if table.missing:
         notes.append("missing: " + "; ".join(table.missing))
+    if len(several := svd_of_lora(table)) > 1:
+        first = several[0]
+        notes.append(
+            f"no differences from {first.method} {first.rule}: there are {len(several)} such rows"
+        )
     return notes
 
 
 def _untrained(table: RankTable) -> bool:
     return any(cell.untrained for row in table.rows for cell in row.cells.values())
-
-
-def _markdown(table: RankTable) -> str:
-    notes = ["\\* rank outside the trained sub-ranks"] if _untrained(table) else []
-    notes += [_MARKDOWN.escape(note) for note in _notes(table)]
-    paragraphs = [f"## {table.metric.label}", _caption(table) + ".", _grid(_body(table, _MARKDOWN))]
-    return "\n\n".join([*paragraphs, *notes, *_compared(table)]) + "\n"
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    header, *body = lines
-    text_columns = header.index("seeds")
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
-
-
-def _compared(table: RankTable) -> list[str]:
-    """Paragraphs: the differences from the reference, if there are any."""
-    bases, found = references(table), differences(table)
-    if len(bases) > 1:
-        first = bases[0]
-        return [f"No differences: there are {len(bases)} curves of {first.method} {first.rule}."]
-    if not found:
-        return []
-    (base,) = bases
-    lines = [_header(table, table.curve_ranks)]
-    for row, cells in found:
-        columns = [cells.get(column) for column in (*table.curve_ranks, *AXES)]
-        numbers = ["" if cell is None else _interval(table, cell) for cell in columns]
-        lines.append([_MARKDOWN.escape(text) for text in _names(table, row)] + numbers)
-    return [
-        f"Minus {_MARKDOWN.escape(base.method)} {base.rule} (seeds: {base.seeds}), with the 95 % "
-        "interval of a bootstrap over the documents for these seeds; others may differ by more. "
-        "Bold where it excludes 0 and no seed of one is among those of the other.",
-        _grid(lines),
-    ]
-
-
-def _interval(table: RankTable, cell: Difference) -> str:
-    digits = table.metric.digits
-    # + 0.0 turns -0.0 into 0.0.
-    mean, low, high = (round(x, digits) + 0.0 for x in (cell.mean, cell.low, cell.high))
-    text = f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-    return _MARKDOWN.bold(text) if (low > 0 or high < 0) and cell.apart else text
-
-
-def _latex(table: RankTable) -> str:
-    header, *body = _body(table, _LATEX)
-    text_columns = header.index("seeds")
-    alignment = "l" * text_columns + "r" * (len(header) - text_columns)
-    caption = _LATEX.escape(f"{table.metric.label}; {_caption(table)}").replace("±", "$\\pm$")
-    notes = ["$^*$ rank outside the trained sub-ranks"] if _untrained(table) else []
-    notes += [_LATEX.escape(note) for note in _notes(table)]
-    lines = [
-        f"% {table.metric.label}",
-        "\\begin{table}",
-        f"\\caption{{{caption.replace('–', '--')}}}",
-        f"\\begin{{tabular}}{{{alignment}}}",
-        "\\toprule",
-        " & ".join(header) + " \\\\",
-        "\\midrule",
-        *(" & ".join(line) + " \\\\" for line in body),
-        "\\bottomrule",
-        "\\end{tabular}",
-        *(f"\\par {note}" for note in notes),
-        "\\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _plain_block(table: RankTable) -> str:
@@ -315,7 +237,8 @@ def _plain_block(table: RankTable) -> str:
         line = [row.rule]
         for column in (*table.curve_ranks, *AXES):
             cell = _at(row, column)
-            if cell is None or not _competes(table, row, column):
+            partial = column in AXES and row.aurac_ranks != table.curve_ranks
+            if cell is None or partial:
                 line.append("- ")
             else:
                 # A blank where no star is, so that the digits stay aligned.

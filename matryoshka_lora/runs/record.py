@@ -33,7 +33,8 @@ Status = Literal["training", "evaluating", "finished", "failed"]
 class Record:
     """Everything known about one run.
 
-    config: the resolved config. run_hash: hash over the fields that change the adapter.
+    config: the resolved config, without settings of other methods (`config.recorded`). run_hash:
+        hash over the fields that change the adapter.
     model: identity of the base model that was really loaded.
     data: fingerprint and counts of used, truncated and fully masked examples.
     training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...

@@ -44,6 +44,8 @@ def harness_lm(
     with evaluation_mode(model), _without_warnings("lm_eval.models.huggingface"):
         return HFLM(
             pretrained=model,
+            # What is left to itself takes a decoder of an encoder-decoder's type for the whole.
+            backend="causal",
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
             softmax_dtype=torch.promote_types(model.dtype, torch.float32),
