@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -30,9 +31,11 @@ from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.loading import build_model, load_run
 from matryoshka_lora.methods.adalora import RankAllocator, Settings
+from matryoshka_lora.methods.hooks import Hooks
 from matryoshka_lora.methods.sora import SoftThreshold
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.pipeline import run
+from matryoshka_lora.training.gradients import add_penalty
 
 R = 6
 
@@ -413,3 +416,20 @@ def test_a_learned_method_from_training_to_its_table(tmp_path, method):
     plan = plan_points(adapter_view(loaded.model), [1, 2, 4], None, [1, 2, 4])
     for (rank, rule), point in plan.readings.items():
         assert rows[(rank, rule)].same_as == plan.same_as((rank, rule)), point
+
+
+def test_nothing_of_a_penalty_outlives_its_gradient():
+    """A later CUDA graph would meet the parameters' nodes of the penalty, on another stream."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    alive = []
+
+    class Penal(Hooks):
+        def penalty(self):
+            found = weight.square().sum()
+            alive.append(weakref.ref(found))
+            return found
+
+    add_penalty(Penal())
+    assert weight.grad.tolist() == [2.0, 2.0] and alive[0]() is None
+    add_penalty(Hooks())
+    assert weight.grad.tolist() == [2.0, 2.0]

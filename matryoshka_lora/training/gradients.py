@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from matryoshka_lora.core.layer import RANK_AXIS
+from matryoshka_lora.methods.hooks import Hooks
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -44,6 +45,18 @@ def sum_over_processes(parameters: Parameters, loss: Tensor, accelerator: Accele
         sizes = [part.numel() for part in parts]
         for part, summed in zip(parts, total.split(sizes), strict=True):
             part.copy_(summed)
+
+
+def add_penalty(hooks: Hooks) -> None:
+    """Add the gradient of the method's penalty, if it has one.
+
+    Nothing of the penalty's autograd graph may live on: its nodes for the parameters belong to the
+    stream of this call, and a forward that is captured as a CUDA graph, on a stream of its own,
+    would meet them.
+    """
+    penalty = hooks.penalty()
+    if penalty is not None:
+        penalty.backward()
 
 
 def _messages(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:

@@ -24,6 +24,7 @@ from matryoshka_lora.training.forwards import (
     training_mode,
 )
 from matryoshka_lora.training.gradients import (
+    add_penalty,
     block_norms,
     clip,
     rank_square_norms,
@@ -101,8 +102,7 @@ def fit(
                     weight / label_tokens,
                 )
             sum_over_processes(parameters, loss, accelerator)
-            if (penalty := hooks.penalty()) is not None:
-                penalty.backward()
+            add_penalty(hooks)
             hooks.after_backward(step, choice)
             square_norms = rank_square_norms(parameters)
             norm = square_norms.sum().sqrt()
