@@ -180,9 +180,18 @@ def read_factors(run: TrainedRun) -> AdapterFile:
 
     Raises UserError for a damaged file, another run's, and layers that the model does not have.
     """
+    file = read_own(run)
+    check_layers(run.folder.adapter, file, build_model(run.config, torch.device("meta")))
+    return file
+
+
+def read_own(run: TrainedRun) -> AdapterFile:
+    """The run's adapter, whether or not its base model is at hand.
+
+    Raises UserError for a damaged file and another run's.
+    """
     file = read_adapter(run.folder.adapter, run.spec)
     _check_own(run, file.spec, file.facts)
-    check_layers(run.folder.adapter, file, build_model(run.config, torch.device("meta")))
     return file
 
 
