@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     chosen = choice.chosen.point
     out = Path("exported", run.folder.path.resolve().name, f"r{chosen.rank}")
     arguments = [f"run={options.run}", f"rank={chosen.rank}", f"rule={chosen.rule}", f"out={out}"]
-    print(f"python scripts/export.py {shlex.join(arguments)}")
+    print(shlex.join(["python", "scripts/export.py", *arguments]))
 
 
 if __name__ == "__main__":

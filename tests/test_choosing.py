@@ -2,20 +2,27 @@
 
 import dataclasses
 import importlib.util
+import json
+import re
 import shlex
 import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from matryoshka_lora import at_rank, export, load_run
 from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.rows import Row, encode_scores
+from matryoshka_lora.loading import read_run
+from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.pipeline import run
+from matryoshka_lora.reporting.choosing import rule_for
 from matryoshka_lora.runs.record import read_record, write_record
 
 
@@ -57,6 +64,15 @@ def with_scores(trained, folder, scores, metric="exact_match", **changes):
     status = changes.get("status", "finished")
     write_record(folder / "record.json", dataclasses.replace(record, rows=rows, status=status))
     return folder
+
+
+def provenance(folder):
+    return json.loads((folder / "provenance.json").read_text())
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=torch.arange(12)[None]).logits
 
 
 def first(right, of=400):
@@ -161,3 +177,127 @@ def test_what_cannot_be_chosen_from(trained, tmp_path, scores, changes, argument
     with pytest.raises(UserError, match=message) as caught:
         command("choose_rank", f"run={folder}", *arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_export_reads_each_rank_by_the_rule_that_its_record_shows_best(trained, tmp_path, caplog):
+    scores = {
+        (1, "prefix"): first(0),
+        (1, "svd"): first(180),
+        (2, "trained"): first(220),
+        (2, "svd"): first(210),
+    }
+    folder = with_scores(trained, tmp_path / "run", scores)
+    caplog.set_level("INFO", "matryoshka_lora")
+    for rank, rule, why in (
+        (1, "svd", "rule=svd is the best at rank 1 by made_up .*prefix 0.0, svd 45.0; unit %"),
+        (2, "trained", "rule=trained is the best at rank 2 "),
+        (4, "trained", "rule=trained: the record holds no scores at rank 4"),
+    ):
+        caplog.clear()
+        command("export", f"run={folder}", f"rank={rank}", f"out={tmp_path / str(rank)}")
+        assert re.search(why, caplog.text)
+        assert provenance(tmp_path / str(rank))["rule"] == rule
+        caplog.clear()
+        loaded = load_run(folder)
+        with loaded.at_rank(rank):
+            found = logits(loaded.model)
+        assert re.search(why, caplog.text)
+        with at_rank(loaded.model, rank, rule):
+            assert torch.equal(found, logits(loaded.model))
+    with loaded.at_rank(0), at_rank(loaded.model, 0):
+        logits(loaded.model)
+
+
+@pytest.mark.parametrize(("asked", "worse"), [("prefix", True), ("trained", False), ("svd", False)])
+def test_a_significantly_worse_rule_is_taken_with_a_warning(
+    trained, tmp_path, caplog, asked, worse
+):
+    scores = {
+        (2, "prefix"): first(0),
+        (2, "trained"): first(182)[::-1],  # two less, but on other documents: it may be chance
+        (2, "svd"): first(184),
+    }
+    folder = with_scores(trained, tmp_path / "run", scores)
+    command("export", f"run={folder}", "rank=2", f"rule={asked}", f"out={tmp_path / 'out'}")
+    assert provenance(tmp_path / "out")["rule"] == asked
+    message = r"rule=prefix is significantly worse than rule=svd at rank 2 .* 0\.0 against 46\.0"
+    assert bool(re.search(message, caplog.text)) == worse and caplog.text.count("\n") == worse
+
+
+def test_an_adapter_without_an_order_is_read_by_svd_where_nothing_is_known(trained):
+    spec = dataclasses.replace(read_run(trained).spec, ordered=False)
+    record = dataclasses.replace(read_record(trained / "record.json"), rows=[])
+    assert rule_for(record, spec, 2) == "svd" and rule_for(record, spec, 4) == "trained"
+
+
+def test_all_ranks_at_once(trained, tmp_path, capsys, caplog):
+    """Each folder is that of its rank alone, and serves itself: card, and vLLM's command."""
+    out = tmp_path / "all of them"
+    command("export", f"run={trained}", "rank=all", f"out={out}")
+    *wrote, serve = capsys.readouterr().out.splitlines()
+    assert wrote == [f"wrote {out}/r{rank}" for rank in (1, 2, 4)]
+    modules = [f"r{rank}={out}/r{rank}" for rank in (1, 2, 4)]
+    expected = ["vllm", "serve", str(EMBEDDED), "--enable-lora", "--max-lora-rank", "8"]
+    assert shlex.split(serve) == [*expected, "--lora-modules", *modules]
+    record = read_record(trained / "record.json")
+    for rank in (1, 2, 4):
+        command("export", f"run={trained}", f"rank={rank}", f"out={tmp_path / str(rank)}")
+        for path in (out / f"r{rank}").iterdir():
+            assert path.read_bytes() == (tmp_path / str(rank) / path.name).read_bytes()
+        assert {path.suffix for path in (out / f"r{rank}").iterdir()} == {
+            *(".safetensors", ".json", ".md")
+        }
+        card = (out / f"r{rank}" / "README.md").read_text()
+        rule = provenance(out / f"r{rank}")["rule"]
+        losses = {(row.rank, row.rule): row.value for row in record.rows if row.metric == "loss"}
+        if rank > 1:
+            line = f"nats/token | 20 | {losses[0, 'base']:.3f} | {losses[rank, rule]:.3f} |"
+            assert line in card
+        else:
+            assert "holds no scores at this rank" in card
+        assert f"at rank {rank} by the rule `{rule}`" in card and str(EMBEDDED) in card
+
+
+def test_all_ranks_or_none(trained, tmp_path, monkeypatch):
+    """Nothing is left where one rank fails, and nothing that was there is touched."""
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="is unknown; allowed"):
+        command("export", f"run={trained}", "rank=all", "rule=best", f"out={out}")
+
+    def fails_at_4(run, rank, *others):
+        if rank == 4:
+            raise UserError("no room")
+        export.export_peft(run, rank, *others)
+
+    with pytest.raises(UserError, match="no room"):
+        export.export_each(read_run(trained), [1, 4], "svd", out, fails_at_4)
+    assert list(tmp_path.iterdir()) == []
+    (out / "r2").mkdir(parents=True)
+    (out / "r2" / "adapter_config.json").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        command("export", f"run={trained}", "rank=all", f"out={out}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "r2", "adapter_config.json"]
+    assert (out / "r2" / "adapter_config.json").read_text() == "mine"
+
+
+def test_all_ranks_merged(trained, tmp_path, capsys):
+    arguments = [f"run={trained}", "rank=all", "format=merged", f"out={tmp_path / 'out'}"]
+    command("export", *arguments)
+    assert "vllm" not in capsys.readouterr().out
+    card = (tmp_path / "out/r2/README.md").read_text()
+    assert "library_name: transformers" in card and "PeftModel" not in card
+
+
+@pytest.mark.parametrize(
+    ("ranks", "needed"), [([1], 1), ([2, 9], 16), ([257], 320), ([321], 512), ([600], None)]
+)
+def test_the_rank_that_vllm_needs(tmp_path, caplog, ranks, needed):
+    """The largest of a layer, which `rank_pattern` may set above `r`."""
+    pattern = {f"model.layers.{i}.q_proj": rank for i, rank in enumerate(ranks)}
+    config = {"r": ranks[0], "rank_pattern": pattern, "base_model_name_or_path": "base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = export.vllm_command([tmp_path])
+    if needed is None:
+        assert found is None and "at most, and a layer has 600" in caplog.text
+    else:
+        assert found is not None and f"--max-lora-rank {needed} " in found

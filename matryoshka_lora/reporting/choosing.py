@@ -174,6 +174,20 @@ def _measured(table: RankTable) -> Measured:
     return Measured(table.metric, tuple(points))
 
 
+def scores_at(
+    record: Record, rank: int, rule: str
+) -> list[tuple[Metric, int, float | None, float]]:
+    """By each metric: documents, the base model's score (None: not measured), and the reading's."""
+    found = []
+    for table in run_tables(record):
+        base = next((row.cells[0].mean for row in table.rows if row.kind == "base"), None)
+        for row in table.rows:
+            if row.rule == rule and rank in row.cells:
+                documents = int(row.points.set_index("rank").loc[rank, "n"])
+                found.append((table.metric, documents, base, row.cells[rank].mean))
+    return found
+
+
 def choose(
     record: Record,
     sizes: Mapping[RankRule, int],
