@@ -1,5 +1,6 @@
 """Which rank and rule of a run to use, by what its record holds of them."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """All readings of a run by one metric, by rank and then in the order of rules."""
+    """All readings of a run by one metric, by rank and then in the order of rules.
+
+    base: the score of the model without the adapter; None where it was not measured.
+    """
 
     metric: Metric
+    base: float | None
     points: tuple[Point, ...]
 
     @property
@@ -100,6 +105,7 @@ class Choice:
 
     metric: Metric
     documents: int
+    base: float | None
     candidates: tuple[Candidate, ...]
     best: Candidate
     chosen: Candidate
@@ -123,6 +129,8 @@ class Choice:
             )
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         title = f"{self.metric.label} [{self.metric.unit}], {self.documents} documents"
+        if self.base is not None:
+            title += f", base model {self.metric.text(self.base)}"
         text = [title]
         for line in lines:
             cells = zip(line, widths, strict=True)
@@ -147,17 +155,17 @@ def difference_text(metric: Metric, difference: Estimate) -> str:
 def measured(record: Record, metric: str | None = None) -> Measured | None:
     """The readings by the first metric of the run's tables whose label contains `metric`.
 
-    None: its main metric, or nothing where the record holds no scores at all. Raises UserError
-    where no label does.
+    One that has scores of documents goes before one that has none. None: its main metric, or
+    nothing where the record holds no scores at all. Raises UserError where no label contains it.
     """
     tables = run_tables(record)
-    for table in tables:
-        if metric is None or metric in table.metric.label:
-            return _measured(table)
-    if metric is None:
-        return None
-    labels = "; ".join(table.metric.label for table in tables) or "nothing"
-    raise UserError(f"metric={metric} is in no label of {record.name}; there is: {labels}")
+    found = [_measured(table) for table in tables if (metric or "") in table.metric.label]
+    if not found and metric is not None:
+        labels = "; ".join(table.metric.label for table in tables) or "nothing"
+        raise UserError(f"metric={metric} is in no label of {record.name}; there is: {labels}")
+    found = [one for one in found if one.points]
+    scored = [one for one in found if all(point.scores is not None for point in one.points)]
+    return next(iter([*scored, *found]), None)
 
 
 def _measured(table: RankTable) -> Measured:
@@ -171,7 +179,11 @@ def _measured(table: RankTable) -> Measured:
             scores = columns[rank][0] if rank in columns else None
             points.append(Point(rank, curve.rule, cell.mean, scores, same_as[rank]))
     points.sort(key=lambda point: (point.rank, rule_place(point.rule)))
-    return Measured(table.metric, tuple(points))
+    return Measured(table.metric, _base(table), tuple(points))
+
+
+def _base(table: RankTable) -> float | None:
+    return next((row.cells[0].mean for row in table.rows if row.kind == "base"), None)
 
 
 def scores_at(
@@ -180,11 +192,10 @@ def scores_at(
     """By each metric: documents, the base model's score (None: not measured), and the reading's."""
     found = []
     for table in run_tables(record):
-        base = next((row.cells[0].mean for row in table.rows if row.kind == "base"), None)
         for row in table.rows:
             if row.rule == rule and rank in row.cells:
                 documents = int(row.points.set_index("rank").loc[rank, "n"])
-                found.append((table.metric, documents, base, row.cells[rank].mean))
+                found.append((table.metric, documents, _base(table), row.cells[rank].mean))
     return found
 
 
@@ -213,7 +224,7 @@ def choose(
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"tolerance={tolerance:g} must be 0 or more")
     found = measured(record, metric)
-    if found is None or not found.points:
+    if found is None:
         raise UserError(
             f"the record of {record.name} holds no scores at any rank; "
             "scripts/evaluate.py run=FOLDER eval=... adds them"
@@ -231,7 +242,7 @@ def choose(
             f"smallest reading in the record, rank {least.rank} by {least.rule}, has {need:,} "
             f"({need * BYTES / 1e6:.3g} MB)"
         )
-    found = Measured(found.metric, tuple(fitting))
+    found = dataclasses.replace(found, points=tuple(fitting))
     best = found.best
     allowed = TOLERANCE if tolerance is None else tolerance
     if found.metric.lower_is_better:
@@ -251,7 +262,7 @@ def choose(
             key=lambda each: (each.point.rank, sign * each.point.score),
         )
     assert best.scores is not None
-    return Choice(found.metric, len(best.scores), tuple(candidates), winner, chosen)
+    return Choice(found.metric, len(best.scores), found.base, tuple(candidates), winner, chosen)
 
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
@@ -271,14 +282,14 @@ def _check_scored(record: Record, found: Measured) -> None:
         raise UserError(
             f"the record of {record.name} holds no scores of single documents by "
             f"{found.metric.label} (rank {without[0].rank}, {without[0].rule}), which an interval "
-            "needs; choose another metric=, or evaluate the run again"
+            "needs; give another metric=, or scripts/evaluate.py adds a task"
         )
     counts = sorted({len(point.scores) for point in found.points if point.scores is not None})
     if len(counts) > 1:
         raise UserError(
             f"the readings of {record.name} are over different numbers of documents by "
             f"{found.metric.label} ({', '.join(map(str, counts))}), so they cannot be paired; "
-            "choose another metric="
+            "give another metric="
         )
     if counts[0] < FEWEST:
         raise UserError(
@@ -295,19 +306,21 @@ def rule_for(record: Record, spec: AdapterSpec, rank: int, asked: str | None = N
     significantly worse (the 95 % interval of the paired difference is without 0).
     Raises UserError for a rank outside 1..R and a rule that is unknown or refused.
     """
-    allowed = rules_at(spec, rank, None if asked is None else [asked])
+    rules = rules_at(spec, rank)
+    if asked is not None:
+        rules_at(spec, rank, [asked])
     everything = measured(record)
     here = [
         point
         for point in ([] if everything is None else everything.points)
-        if point.rank == rank and point.rule in rules_at(spec, rank)
+        if point.rank == rank and point.rule in rules
     ]
     if everything is None or not here:
         rule = default_rule(spec, rank) if asked is None else asked
         if asked is None:
             logger.info("rule=%s: the record holds no scores at rank %d", rule, rank)
         return rule
-    metric, found = everything.metric, Measured(everything.metric, tuple(here))
+    metric, found = everything.metric, dataclasses.replace(everything, points=tuple(here))
     best = found.best
     if asked is None:
         scores = ", ".join(f"{point.rule} {metric.text(point.score)}" for point in found.points)
@@ -326,5 +339,4 @@ def rule_for(record: Record, spec: AdapterSpec, rank: int, asked: str | None = N
                 *(asked, best.rule, rank, metric.label, metric.text(point.score)),
                 *(metric.text(best.score), difference_text(metric, gap), metric.unit),
             )
-    assert asked in allowed
     return asked
