@@ -157,6 +157,19 @@ def test_the_tolerance_of_a_loss_is_percent(trained, tmp_path, capsys, tolerance
     assert chosen(capsys)[0] == (rank, "svd")
 
 
+def test_a_metric_with_scores_of_documents_goes_first(trained, tmp_path, capsys):
+    """Not the held-out loss of a search, which keeps none, whatever it is called."""
+    folder = with_scores(trained, tmp_path / "run", SCORES)
+    record = read_record(folder / "record.json")
+    held_out = Row("a_validation", 0, None, None, 1, "svd", "loss", 0.1, None, 300)
+    write_record(folder / "record.json", dataclasses.replace(record, rows=[held_out, *record.rows]))
+    command("choose_rank", f"run={folder}")
+    assert chosen(capsys)[0] == (2, "svd")
+    assert rule_for(record, read_run(trained).spec, 1) == "svd"
+    with pytest.raises(UserError, match="no scores of single documents by a_validation"):
+        command("choose_rank", f"run={folder}", "metric=a_validation")
+
+
 @pytest.mark.parametrize(
     ("scores", "changes", "arguments", "message"),
     [

@@ -194,7 +194,7 @@ def scores_at(
     for table in run_tables(record):
         for row in table.rows:
             if row.rule == rule and rank in row.cells:
-                documents = int(row.points.set_index("rank").loc[rank, "n"])
+                documents = dict(zip(row.points["rank"], row.points["n"], strict=True))[rank]
                 found.append((table.metric, documents, _base(table), row.cells[rank].mean))
     return found
 
