@@ -10,9 +10,10 @@ out.
 import dataclasses
 import json
 import logging
+import shlex
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,13 @@ from matryoshka_lora.models import (
     load_model,
     load_tokenizer,
 )
+from matryoshka_lora.reporting.choosing import rule_for, scores_at
 
 logger = logging.getLogger(__name__)
+
+PEFT_CONFIG = "adapter_config.json"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
 
 # s_r -> (lora_alpha as a function of r, use_rslora): integers, so that PEFT computes s_r exactly.
 # PEFT's scale is lora_alpha / r, with rslora lora_alpha / sqrt(r).
@@ -64,21 +70,9 @@ class SubRank:
 def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     """The factors that `rule` reads at `rank`, in float32.
 
-    Raises UserError for an unknown rank or rule, one that the adapter cannot be read by, where the
-    adapter file is not the run's, and where it is zero in all layers.
+    Raises UserError for a rule that the adapter cannot be read by, where the adapter file is not
+    the run's, and where it is zero in all layers.
     """
-    if rule not in RULES:
-        raise UserError(
-            f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
-        )
-    try:
-        check_rank(rank, run.spec.rank)
-    except UserError as error:
-        raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
-    if trained_rank(run, rank, rule) is False:
-        logger.warning(
-            "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
-        )
     file = read_factors(run)
     reading = read(file.view, rank, rule)
     uniform = isinstance(reading.p, Tensor)
@@ -115,26 +109,89 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     return SubRank(multiplied, "none", uniform)
 
 
+def rule_of(run: TrainedRun, rank: int, asked: str | None) -> str:
+    """The rule to export a rank by, see `reporting.choosing.rule_for`, with what to know of it.
+
+    Raises UserError for an unknown rank or rule, or one that the adapter cannot be read by.
+    """
+    if asked is not None and asked not in RULES:
+        raise UserError(
+            f"rule={asked} is unknown; allowed: {', '.join(RULES)}{nearest(asked, RULES)}"
+        )
+    try:
+        check_rank(rank, run.spec.rank)
+    except UserError as error:
+        raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
+    rule = rule_for(run.record, run.spec, rank, asked)
+    if trained_rank(run, rank, rule) is False:
+        logger.warning(
+            "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
+        )
+    return rule
+
+
 def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
     """Whether the rank is in S; None where the rule is valid at every rank."""
     return rank in run.config.train_ranks if depends_on_trained_ranks(rank, rule) else None
 
 
-def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
+def export_each(
+    run: TrainedRun,
+    ranks: Iterable[int],
+    rule: str | None,
+    out: Path,
+    export: Callable[[TrainedRun, int, str | None, Path], None],
+) -> list[Path]:
+    """`export` each rank to a folder of its own, `out/r<rank>`: all of them, or nothing is left.
+
+    Returns the folders. Raises UserError as `export` does.
+    """
+    names = {rank: f"r{rank}" for rank in ranks}
+    with _new_folder(out) as folder:
+        for rank, name in names.items():
+            export(run, rank, rule, folder / name)
+    return [out / name for name in names.values()]
+
+
+def vllm_command(folders: Sequence[Path]) -> str | None:
+    """The command by which vLLM serves PEFT exports of a run, each as a model of its folder's name.
+
+    None, with a warning, where a layer's rank is above the largest of VLLM_RANKS.
+    """
+    configs = [json.loads((folder / PEFT_CONFIG).read_text()) for folder in folders]
+    needed = max(
+        rank for each in configs for rank in (each["r"], *each.get("rank_pattern", {}).values())
+    )
+    if needed > VLLM_RANKS[-1]:
+        logger.warning(
+            "vLLM serves LoRAs of rank %d at most, and a layer has %d: export a smaller rank, or "
+            "use format=merged",
+            *(VLLM_RANKS[-1], needed),
+        )
+        return None
+    allowed = min(rank for rank in VLLM_RANKS if rank >= needed)
+    command = ["vllm", "serve", configs[0]["base_model_name_or_path"], "--enable-lora"]
+    modules = [f"{folder.name}={folder}" for folder in folders]
+    return shlex.join([*command, "--max-lora-rank", str(allowed), "--lora-modules", *modules])
+
+
+def export_peft(run: TrainedRun, rank: int, rule: str | None, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
-    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, if the base
-    model is not the one that was trained on, and where PEFT cannot carry the adapter.
+    rule: None is the one that the record shows best. What PEFT reads of it is compared with what
+    was written; without PEFT a warning says that it was not. Raises UserError for an unknown rank
+    or rule, if `out` exists and is not empty, if the base model is not the one that was trained on,
+    and where PEFT cannot carry the adapter.
     """
-    sub = sub_rank(run, rank, rule)
-    alpha, rslora = PEFT_SCALE[sub.scaling]
-    state = {}
-    for name, (A, B) in sub.factors.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = A
-        state[f"base_model.model.{name}.lora_B.weight"] = B
-    base = _shape_of_base(run)
+    rule = rule_of(run, rank, rule)
     with _new_folder(out) as folder:
+        sub = sub_rank(run, rank, rule)
+        alpha, rslora = PEFT_SCALE[sub.scaling]
+        state = {}
+        for name, (A, B) in sub.factors.items():
+            state[f"base_model.model.{name}.lora_A.weight"] = A
+            state[f"base_model.model.{name}.lora_B.weight"] = B
+        base = _shape_of_base(run)
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
         # earlier versions refuse.
@@ -154,7 +211,7 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
             content["target_modules"] = sorted(ranks)
             content["rank_pattern"] = ranks
             content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
-        (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / PEFT_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         if base is not None:
             _check_peft(run, base, state, folder)
         _write_provenance(folder, run, rank, rule)
@@ -224,7 +281,7 @@ def _check_peft(
 def export_merged(
     run: TrainedRun,
     rank: int,
-    rule: str,
+    rule: str | None,
     out: Path,
     dtype: str | None = None,
     device: str = "cpu",
@@ -232,16 +289,18 @@ def export_merged(
     """Write the base model with `W0 + scale * B A` in place of each adapted weight, and tokenizer.
 
     The sum is formed in float32 and rounded once, to `dtype` (float32 or bfloat16; None: that of
-    the run's model). Raises UserError for an unknown rank, rule, dtype or device, if `out` exists
-    and is not empty, if the base model is not the one that was trained on, or if an adapted weight
-    is tied to another one, which merging would change too.
+    the run's model). rule: None is the one that the record shows best. Raises UserError for an
+    unknown rank, rule, dtype or device, if `out` exists and is not empty, if the base model is not
+    the one that was trained on, or if an adapted weight is tied to another one, which merging would
+    change too.
     """
     dtype = run.config.model.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is unknown; allowed: {', '.join(DTYPES)}")
     where = device_of(device)
-    sub = sub_rank(run, rank, rule)
+    rule = rule_of(run, rank, rule)
     with _new_folder(out) as folder:
+        sub = sub_rank(run, rank, rule)
         tokenizer = load_tokenizer(run.config.model)
         check_base(run)
         model = load_model(run.config.model, where)
@@ -312,3 +371,46 @@ def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str) -> No
         "base": run.record.model,
     }
     (folder / PROVENANCE).write_text(json.dumps(content, indent=2) + "\n")
+    _write_card(folder, run, rank, rule)
+
+
+def _write_card(folder: Path, run: TrainedRun, rank: int, rule: str) -> None:
+    """README.md: what the export is, its scores, and how it is loaded."""
+    config, base, peft = run.config, run.record.model["name"], (folder / PEFT_CONFIG).is_file()
+    load = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")"""
+    if peft:
+        load = f"""\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(_base_of(config))})
+model = PeftModel.from_pretrained(base, "this folder")"""
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        f"library_name: {'peft' if peft else 'transformers'}",
+        "tags: [lora, matryoshka-lora]",
+        "---",
+        "",
+        f"# {base}, {config.method.name} at rank {rank}",
+        "",
+        f"{'A LoRA for' if peft else 'With a LoRA merged into it:'} {base}, read at rank {rank} by "
+        f"the rule `{rule}` from an adapter of rank {run.spec.rank} that {config.method.name} "
+        f"trained on {config.dataset.name}.",
+    ]
+    if trained_rank(run, rank, rule) is False:
+        lines.append(f"Rank {rank} is not one of the trained sub-ranks {config.train_ranks}.")
+    lines.append("")
+    if scores := scores_at(run.record, rank, rule):
+        lines += ["| measured | unit | documents | base model | this |", "|---|---|---|---|---|"]
+        for metric, documents, of_base, score in scores:
+            cells = [metric.label, metric.unit, str(documents)]
+            cells += ["" if x is None else metric.text(x) for x in (of_base, score)]
+            lines.append(f"| {' | '.join(cells)} |")
+    else:
+        lines.append("The record of the run holds no scores at this rank by this rule.")
+    lines += ["", "```python", load, "```", "", f"Run {run.record.name}; see {PROVENANCE}.", ""]
+    (folder / "README.md").write_text("\n".join(lines))

@@ -1,7 +1,7 @@
 """A finished run as a model: the base it was trained on, with its adapter, ready for `at_rank`.
 
     loaded = load_run("results/runs/.../lr0.001-seed42-0123abcd")
-    with at_rank(loaded.model, 4, "prefix"):
+    with loaded.at_rank(4):  # by the rule that the record shows best at this rank
         loaded.model.generate(...)
 
 This file alone decides that a folder holds a trained run, that the adapter is that run's and that
@@ -9,6 +9,8 @@ the base model is the one it was trained on.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ from matryoshka_lora.core.adapter import (
     adapter_parameters,
     adapter_spec,
     add_adapters,
+    at_rank,
 )
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import BASE
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, check_layers, load_adapter, read_adapter
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, other_modalities
+from matryoshka_lora.reporting.choosing import rule_for
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -58,6 +63,17 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerBase
     spec: AdapterSpec
     record: Record
+
+    @contextmanager
+    def at_rank(self, rank: int, rule: str | None = None) -> Iterator[None]:
+        """`core.adapter.at_rank` of the model, by the rule that the record shows best there.
+
+        A given rule is taken, with a warning where it is significantly worse.
+        """
+        if rank > 0:
+            rule = rule_for(self.record, self.spec, rank, rule)
+        with at_rank(self.model, rank, rule or BASE):
+            yield
 
 
 def load_run(
@@ -198,9 +214,18 @@ def read_factors(run: TrainedRun) -> AdapterFile:
 
     Raises UserError for a damaged file, another run's, and layers that the model does not have.
     """
+    file = read_own(run)
+    check_layers(run.folder.adapter, file, build_model(run.config, torch.device("meta")))
+    return file
+
+
+def read_own(run: TrainedRun) -> AdapterFile:
+    """The run's adapter, whether or not its base model is at hand.
+
+    Raises UserError for a damaged file and another run's.
+    """
     file = read_adapter(run.folder.adapter, run.spec)
     _check_own(run, file.spec, file.facts)
-    check_layers(run.folder.adapter, file, build_model(run.config, torch.device("meta")))
     return file
 
 

@@ -107,6 +107,18 @@ def make_run(
     return folder
 
 
+def by_peft(model: LlamaForCausalLM, folder: Path) -> torch.nn.Module:
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def by_transformers(model: LlamaForCausalLM, folder: Path) -> torch.nn.Module:
+    model.load_adapter(str(folder))
+    return model.eval()
+
+
+READERS = (by_peft, by_transformers)
+
+
 def adapted(config: Config, base: Path) -> LlamaForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     add_adapters(model, adapter_spec_of(config), config.adapter.targets)
@@ -135,10 +147,11 @@ def test_peft_computes_the_same(tmp_path: Path, base: Path, method: str, scaling
         for rank in (1, 3, RANK):
             out = tmp_path / f"{rule}-{rank}"
             export_peft(run, rank, rule, out)
-            actual = logits(PeftModel.from_pretrained(copy.deepcopy(plain), out).eval())
             with at_rank(model, rank, rule):
                 expected = logits(model)
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            for read in READERS if rank == 3 else (by_peft,):
+                actual = logits(read(copy.deepcopy(plain), out))
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
             # PEFT only warns where names do not fit, and then computes the base model.
             assert (expected - logits(plain)).abs().max() > 1e-2
 
@@ -195,10 +208,10 @@ def test_each_layer_is_exported_at_its_own_rank(tmp_path: Path, base: Path, meth
         assert set(written["target_modules"]) == set(ranks) < set(names)
         with at_rank(model, rank, "global"):
             expected = logits(model)
-        peft = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / f"peft{rank}").eval()
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{rank}")
-        for found in (logits(peft), logits(merged)):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = [read(copy.deepcopy(plain), tmp_path / f"peft{rank}") for read in READERS]
+        found.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{rank}"))
+        for each in found:
+            torch.testing.assert_close(logits(each), expected, rtol=1e-5, atol=1e-5)
         assert (expected - logits(plain)).abs().max() > 1e-2
     provenance = json.loads((tmp_path / "peft2" / "provenance.json").read_text())
     assert (provenance["rule"], provenance["trained_rank"]) == ("global", None)

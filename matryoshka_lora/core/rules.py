@@ -208,6 +208,14 @@ def rules_at(spec: AdapterSpec, rank: int, asked: Sequence[str] | None = None) -
     return allowed if asked is None else list(asked)
 
 
+def default_rule(spec: AdapterSpec, rank: int) -> str:
+    """`trained` where this adapter can be read so at this rank, else `svd`, which is never refused.
+
+    Raises UserError for a rank outside 1..R.
+    """
+    return "trained" if "trained" in rules_at(spec, rank) else "svd"
+
+
 def depends_on_trained_ranks(rank: int, rule: str) -> bool:
     """Whether it matters to this reading which sub-ranks training visited."""
     return rank > 0 and RULES[rule].cuts

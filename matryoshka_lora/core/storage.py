@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from matryoshka_lora.core.adapter import (
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import parse_json, write_atomically
 from matryoshka_lora.core.layer import by_layer
-from matryoshka_lora.core.rules import AdapterView
+from matryoshka_lora.core.rules import AdapterView, read
 from matryoshka_lora.core.spec import AdapterSpec
 
 IMPORTANCE = "importance"
@@ -49,10 +50,25 @@ class AdapterFile:
         """Layer -> its factors as training left them, by role."""
         return by_layer(self.state)
 
-    @property
+    @cached_property
     def view(self) -> AdapterView:
         """What rules see of the adapter."""
         return view_of(self.spec, lambda: self.layers, self.importance)
+
+    def parameters(self, rank: int, rule: str) -> int:
+        """How many an export of this reading has: in + out for each component of a layer.
+
+        Raises UserError as `core.rules.read` does.
+        """
+        p = read(self.view, rank, rule).p
+        components = {
+            name: rank if isinstance(p, Tensor) else int(p[name].count_nonzero())
+            for name in self.layers
+        }
+        return sum(
+            components[name] * (factors["lora_A"].shape[1] + factors["lora_B"].shape[0])
+            for name, factors in self.layers.items()
+        )
 
 
 def save_adapter(path: Path, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
