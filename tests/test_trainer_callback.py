@@ -4,12 +4,14 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import ROOT, TARGETS, small_llama
+from conftest import TARGETS, small_llama
 from datasets import Dataset
+from safetensors import safe_open
 from test_training import factors, make_config, make_examples, make_model, relative, train
+from tiny_lm import tokenizer
 from transformers import Trainer, TrainingArguments
 
-from matryoshka_lora import MethodCallback, add_method, load_adapter
+from matryoshka_lora import MethodCallback, add_method
 from matryoshka_lora.config import build_method
 from matryoshka_lora.core.adapter import adapter_importance, adapter_layers, adapter_parameters
 from matryoshka_lora.core.errors import UserError
@@ -124,3 +126,201 @@ def test_the_trainer_trains_as_the_loop_does(tmp_path, name, settings):
     assert trainer.args.max_grad_norm == config.trainer.clip_norm
     for layer in adapter_layers(model).values():
         assert torch.equal(layer.p, build_method(config).p_full)
+
+
+@pytest.mark.parametrize("name", ["nested_matryoshka", "adalora"])
+def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_for_bit(tmp_path, name):
+    config, examples = method_config(name), make_examples(SAMPLES)
+    saving = {"save_strategy": "steps", "save_steps": 3, "save_only_model": False}
+    model, trainer = trained_by_trainer(tmp_path, config, examples, **saving)
+    checkpoint = tmp_path / "checkpoint-6"
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(adapter_parameters(model))
+    assert (checkpoint / "method_state.pt").is_file() == (name == "adalora")
+    saved = read_adapter(checkpoint / "adapter.safetensors")
+    assert saved.importance.keys() == adapter_importance(model).keys()
+    again = make_model(config)
+    resumed = Trainer(
+        again,
+        arguments(tmp_path, config, **saving),
+        train_dataset=ordered_rows(config, examples),
+        data_collator=collate,
+        callbacks=[MethodCallback(build_method(config))],
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(factors(again), factors(model))
+    assert losses(resumed) == losses(trainer)
+    for layer, values in adapter_importance(model).items():
+        assert torch.equal(adapter_importance(again)[layer], values)
+
+
+def test_a_method_whose_state_is_not_in_the_folder_is_not_resumed(tmp_path):
+    config, examples = method_config("adalora"), make_examples(SAMPLES)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trained_by_trainer(tmp_path / "one", config, examples, **saving)
+    elsewhere = {"seed": config.seed + 1, "learning_rate": 1e-3}
+    trained_by_trainer(tmp_path / "two", config, examples, **saving | elsewhere)
+    checkpoint = str(tmp_path / "one" / "checkpoint-3")
+
+    def resume(**changed):
+        Trainer(
+            make_model(config),
+            arguments(tmp_path / "two", config, **saving | changed),
+            train_dataset=ordered_rows(config, examples),
+            data_collator=collate,
+            callbacks=[MethodCallback(build_method(config))],
+        ).train(resume_from_checkpoint=checkpoint)
+
+    # The output folder has a checkpoint of this step, too, of another training.
+    with pytest.raises(UserError, match="resuming at step 3, but no method_state.pt"):
+        resume()
+    resume(resume_from_checkpoint=checkpoint)
+
+
+def test_evaluation_in_training_reads_the_full_rank(tmp_path):
+    config, examples = method_config("nested_matryoshka"), make_examples(SAMPLES)
+    model = make_model(config)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, config, eval_strategy="steps", eval_steps=STEPS),
+        train_dataset=ordered_rows(config, examples),
+        eval_dataset=ordered_rows(config, examples)[:6],
+        data_collator=collate,
+        callbacks=[MethodCallback(build_method(config))],
+    )
+    trainer.train()
+    inside = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert inside == [pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"fp16": True}, "fp16=True scales gradients"),
+        ({"torch_compile": True}, "torch_compile=True would keep the first diagonal"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "save_strategy": "steps",
+                "eval_strategy": "steps",
+                "save_steps": 2,
+                "eval_steps": 2,
+            },
+            "load_adapter the checkpoint that you want",
+        ),
+    ],
+    ids=["fp16", "torch_compile", "load_best_model_at_end"],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, changed, reason):
+    config = method_config("sora")
+    args = arguments(tmp_path, config)
+    for key, value in changed.items():
+        setattr(args, key, value)  # the Trainer's own checks need a GPU for some
+    with pytest.raises(UserError, match=reason):
+        MethodCallback(build_method(config))._check(args, make_model(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [("_n_gpu", 2, "CUDA_VISIBLE_DEVICES=0"), ("world_size", 2, "train with train.py")],
+)
+def test_several_gpus_are_refused(tmp_path, monkeypatch, field, value, reason):
+    config = method_config("lora")
+    args = arguments(tmp_path, config)
+    if field == "_n_gpu":
+        args._setup_devices  # noqa: B018 - it counts the GPUs
+        args._n_gpu = value
+    else:
+        monkeypatch.setattr(TrainingArguments, field, value)
+    with pytest.raises(UserError, match=reason):
+        MethodCallback(build_method(config))._check(args, make_model(config))
+
+
+def test_models_and_methods_that_do_not_fit_are_refused(tmp_path):
+    config = method_config("lora")
+    with pytest.raises(UserError, match="what add_method returns, not a str"):
+        MethodCallback("lora")
+    callback = MethodCallback(build_method(config))
+
+    def begin(model):
+        Trainer(model, arguments(tmp_path, config), callbacks=[callback])
+
+    with pytest.raises(UserError, match="call add_adapters on it first"):
+        begin(small_llama())
+    with pytest.raises(UserError, match="rank 8, were made for method matryoshka"):
+        begin(make_model(method_config("matryoshka")))
+
+
+def test_several_samples_in_a_row_need_one_rank_a_step(tmp_path):
+    config = method_config("nested_trials", clip_blocks=0.1)
+    rows = ordered_rows(config, make_examples(SAMPLES))
+
+    def packed(batch):
+        lengths = [len(row["input_ids"]) for row in batch]
+        positions = [i for length in lengths for i in range(length)] * 3
+        ids = torch.tensor([[t for row in batch for t in row["input_ids"]] * 3])
+        return {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([positions])}
+
+    trainer = Trainer(
+        make_model(config),
+        arguments(tmp_path, config),
+        train_dataset=rows,
+        data_collator=packed,
+        callbacks=[MethodCallback(build_method(config))],
+    )
+    with pytest.raises(UserError, match="set packing=False"):
+        trainer.train()
+    # Nothing of the broken training is left for the next one.
+    assert trainer.args.max_grad_norm == 0
+    Trainer(make_model(config), trainer.args, callbacks=[MethodCallback(build_method(config))])
+    assert trainer.args.max_grad_norm == config.trainer.clip_norm
+
+
+def test_add_method_adapts_as_a_config_does():
+    config = method_config("sora", sparsity=0.3)
+    expected = make_model(config)
+    model = small_llama()
+    method = add_method(model, "sora", TARGETS, rank=8, seed=config.seed, sparsity=0.3)
+    assert method.fingerprint() == build_method(config).fingerprint()
+    assert torch.equal(factors(model), factors(expected))
+    assert model.adapter_state.spec == expected.adapter_state.spec
+    for changed, reason in {
+        ("name", "dylor"): "did you mean dylora",
+        ("sparsty", 1): "has no setting sparsty; it has: sparsity",
+        ("rank", 0): "rank",
+        ("train_ranks", (1, 16)): "16",
+    }.items():
+        options = {"name": "sora", "targets": TARGETS, "rank": 8} | dict([changed])
+        with pytest.raises(UserError, match=reason):
+            add_method(small_llama(), **options)
+
+
+@needs_trl
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("name", ["dylora", "nested_matryoshka", "adalora"])
+def test_trls_trainer_trains_as_the_loop_does(tmp_path, name, padding_free):
+    from trl import SFTConfig, SFTTrainer
+
+    config, examples = method_config(name), make_examples(SAMPLES)
+    config.trainer.max_steps = 4
+    expected, rows, _ = train(tmp_path / "loop", config, examples=examples)
+    model = make_model(config)
+    trainer = SFTTrainer(
+        model,
+        arguments(
+            tmp_path / "trl",
+            config,
+            SFTConfig,
+            bf16=False,
+            max_length=None,
+            padding_free=padding_free,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(ordered_rows(config, examples)),
+        processing_class=tokenizer(),
+        callbacks=[MethodCallback(build_method(config))],
+    )
+    trainer.train()
+    assert losses(trainer) == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    # Its loss is summed in another order, and Adam's first steps make much of small gradients.
+    assert relative(factors(model), factors(expected)) < 1e-5
