@@ -25,6 +25,7 @@ _WHERE = {
     "add_method": "methods",
     "at_rank": "core.adapter",
     "diagonal": "core.adapter",
+    "export_adapter": "export",
     "load_adapter": "core.storage",
     "load_run": "loading",
     "lora_diagonal": "core.diagonals",

@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.files import naming
 from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.storage import AdapterFile, read_adapter
 from matryoshka_lora.loading import TrainedRun, check_base, device_of, read_factors
 from matryoshka_lora.models import (
     DTYPES,
@@ -67,19 +69,28 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     Raises UserError for an unknown rank or rule, one that the adapter cannot be read by, where the
     adapter file is not the run's, and where it is zero in all layers.
     """
+    _check_asked(run.spec, rank, rule)
+    if trained_rank(run, rank, rule) is False:
+        logger.warning(
+            "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
+        )
+    return _sub_rank_of(read_factors(run), rank, rule, run.folder.path)
+
+
+def _check_asked(spec: AdapterSpec, rank: int, rule: str) -> None:
+    """Raise UserError for an unknown rule, and a rank that the adapter does not have."""
     if rule not in RULES:
         raise UserError(
             f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
         )
     try:
-        check_rank(rank, run.spec.rank)
+        check_rank(rank, spec.rank)
     except UserError as error:
-        raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
-    if trained_rank(run, rank, rule) is False:
-        logger.warning(
-            "rank %d is not one of the trained sub-ranks %s", rank, run.config.train_ranks
-        )
-    file = read_factors(run)
+        raise UserError(f"{error}; allowed: 1 to {spec.rank}") from None
+
+
+def _sub_rank_of(file: AdapterFile, rank: int, rule: str, source: Path) -> SubRank:
+    """`sub_rank` of an adapter's file; source: what the message names where it is zero."""
     reading = read(file.view, rank, rule)
     uniform = isinstance(reading.p, Tensor)
     found, diagonals = {}, {}
@@ -102,8 +113,8 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
     if not any(A.any() and B.any() for A, B in multiplied.values()):
         raise UserError(
-            f"nothing to export: at rank {rank} under rule {rule} the adapter of "
-            f"{run.folder.path} is zero everywhere"
+            f"nothing to export: at rank {rank} under rule {rule} the adapter of {source} is zero "
+            "everywhere"
         )
     # A diagonal of one number, the same in all layers, is a scale of PEFT's.
     for scaling in PEFT_SCALE:
@@ -128,12 +139,41 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     model is not the one that was trained on, and where PEFT cannot carry the adapter.
     """
     sub = sub_rank(run, rank, rule)
+    base = _shape_of_base(run.config.model)
+    if base is not None:
+        check_base(run)
+    with _peft_folder(out, sub, rank, _base_of(run.config), base) as folder:
+        _write_provenance(folder, run, rank, rule)
+
+
+def export_adapter(adapter: str | Path, rank: int, rule: str, out: str | Path, base: str) -> None:
+    """`export_peft` for a file of `save_adapter`, without a run.
+
+    base: what `base_model_name_or_path` is to be, a folder or a name of the hub. Raises UserError
+    as `export_peft` does, but cannot tell whether it is the model that was trained on.
+    """
+    file = read_adapter(Path(adapter))
+    _check_asked(file.spec, rank, rule)
+    sub = _sub_rank_of(file, rank, rule, Path(adapter))
+    model = ModelConfig(path=base) if Path(base).is_dir() else ModelConfig(name=base)
+    with _peft_folder(Path(out), sub, rank, base, _shape_of_base(model)):
+        pass
+
+
+@contextmanager
+def _peft_folder(
+    out: Path, sub: SubRank, rank: int, base_name: str, base: PreTrainedModel | None
+) -> Iterator[Path]:
+    """A `_new_folder` with the two files of a PEFT adapter; the block may add others.
+
+    rank: that of all layers, or the one that was asked for where each has its own. base: the shape
+    that PEFT is tried on and changes.
+    """
     alpha, rslora = PEFT_SCALE[sub.scaling]
     state = {}
     for name, (A, B) in sub.factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
-    base = _shape_of_base(run)
     with _new_folder(out) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
@@ -141,7 +181,7 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
         content: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": _base_of(run.config),
+            "base_model_name_or_path": base_name,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha(rank),
@@ -156,22 +196,17 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
             content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
         (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
         if base is not None:
-            _check_peft(run, base, state, folder)
-        _write_provenance(folder, run, rank, rule)
+            _check_peft(base_name, base, state, folder)
+        yield folder
 
 
-def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
-    """The base model without weights; None, with a warning, where it is out of reach.
-
-    Raises UserError where it is another one than the run's.
-    """
+def _shape_of_base(model: ModelConfig) -> PreTrainedModel | None:
+    """The base model without weights; None, with a warning, where it is out of reach."""
     try:
-        base = load_model(run.config.model, torch.device("meta"))
+        return load_model(model, torch.device("meta"))
     except ValueError as error:
         logger.warning("it was not checked that PEFT can read this: %s", error)
         return None
-    check_base(run)
-    return base
 
 
 def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
@@ -183,9 +218,7 @@ def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list
     return sorted(layers if others else short)
 
 
-def _check_peft(
-    run: TrainedRun, base: PreTrainedModel, state: dict[str, Tensor], folder: Path
-) -> None:
+def _check_peft(name: str, base: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     """Raise UserError unless PEFT makes exactly the parameters `state` of what is in `folder`.
 
     base: the base model without weights, which PEFT changes.
@@ -216,7 +249,7 @@ def _check_peft(
             return
         problem = f"it does not read {len(wrong)} of its tensors as they are, such as {wrong[0]}"
     raise UserError(
-        f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
+        f"PEFT cannot carry this adapter on {name}: {problem}; for a run, use format=merged"
     )
 
 

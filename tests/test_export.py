@@ -39,7 +39,7 @@ from matryoshka_lora.core.adapter import (
 )
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
-from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.export import export_adapter, export_merged, export_peft
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
 from matryoshka_lora.methods import METHODS
@@ -141,6 +141,43 @@ def test_peft_computes_the_same(tmp_path: Path, base: Path, method: str, scaling
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
             # PEFT only warns where names do not fit, and then computes the base model.
             assert (expected - logits(plain)).abs().max() > 1e-2
+
+
+def test_an_adapter_without_a_run_is_exported_alike(
+    tmp_path: Path, base: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = run / "adapter.safetensors"
+    export_peft(read_run(run), 3, "svd", tmp_path / "run")
+    export_adapter(adapter, 3, "svd", tmp_path / "file", str(base))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(other)
+    shutil.copy(base / "tokenizer_config.json", other)
+    wrong = {
+        "rank 7 .*; allowed: 1 to 6": {"rank": 7},
+        "rule=svdd is unknown": {"rule": "svdd"},
+        "no adapter of this project": {"adapter": tmp_path / "file" / "adapter_model.safetensors"},
+        "exists and is not an empty folder": {"out": tmp_path / "file"},
+        "PEFT cannot carry this adapter on": {"base": str(other)},
+    }
+    asked = {"adapter": adapter, "rank": 3, "rule": "svd", "out": tmp_path / "o", "base": str(base)}
+    for reason, changed in wrong.items():
+        with pytest.raises(UserError, match=reason):
+            export_adapter(**asked | changed)
+        assert not (tmp_path / "o").exists()
+    export_adapter(
+        **asked | {"base": "nobody/nothing"}
+    )  # what the hub does not give is not checked
+    assert "it was not checked that PEFT can read this" in caplog.text
 
 
 @pytest.mark.parametrize(
