@@ -4,18 +4,20 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import TARGETS, small_llama
+from conftest import ROOT, TARGETS, small_llama
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from test_training import factors, make_config, make_examples, make_model, relative, train
 from tiny_lm import tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from matryoshka_lora import MethodCallback, add_method
+from matryoshka_lora import MethodCallback, add_method, at_rank, load_adapter
 from matryoshka_lora.config import build_method
 from matryoshka_lora.core.adapter import adapter_importance, adapter_layers, adapter_parameters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import read_adapter
+from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.training.plan import batch_ids
 
 needs_trl = pytest.mark.skipif(
@@ -324,3 +326,32 @@ def test_trls_trainer_trains_as_the_loop_does(tmp_path, name, padding_free):
     assert losses(trainer) == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     # Its loss is summed in another order, and Adam's first steps make much of small gradients.
     assert relative(factors(model), factors(expected)) < 1e-5
+
+
+def run_example(name, output):
+    path = ROOT / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(str(output), samples=16)
+
+
+def test_the_example_for_the_trainer_runs(tmp_path, capsys):
+    run_example("hf_trainer", tmp_path)
+    printed = capsys.readouterr().out
+    assert all(f"rank {rank}: loss " in printed for rank in (0, 1, 2, 4, 8))
+    exported = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    exported = PeftModel.from_pretrained(exported, tmp_path / "peft-rank2").eval()
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED).eval()
+    add_method(model, "nested_matryoshka", ["q_proj", "v_proj", "up_proj"], rank=8)
+    load_adapter(tmp_path / "adapter.safetensors", model)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad(), at_rank(model, 2):
+        assert torch.allclose(exported(tokens).logits, model(tokens).logits, atol=1e-4)
+
+
+@needs_trl
+def test_the_example_for_trl_runs(tmp_path, capsys):
+    run_example("trl_sft", tmp_path)
+    assert "rank 8: '" in capsys.readouterr().out
+    assert read_adapter(tmp_path / "adapter.safetensors").spec.rank == 8
