@@ -22,7 +22,9 @@ from matryoshka_lora.data.arithmetic import generate
 from matryoshka_lora.models import EMBEDDED
 
 
-def main(output: str = "results/hf_trainer", base: str = str(EMBEDDED), samples: int = 400) -> None:
+def main(
+    output: str = "results/hf_trainer", base: str = str(EMBEDDED), *, samples: int = 400
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
 

@@ -20,7 +20,7 @@ from matryoshka_lora.data.arithmetic import generate
 from matryoshka_lora.models import EMBEDDED
 
 
-def main(output: str = "results/trl_sft", base: str = str(EMBEDDED), samples: int = 400) -> None:
+def main(output: str = "results/trl_sft", base: str = str(EMBEDDED), *, samples: int = 400) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
 

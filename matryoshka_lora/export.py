@@ -131,7 +131,7 @@ def trained_rank(run: TrainedRun, rank: int, rule: str) -> bool | None:
     return rank in run.config.train_ranks if depends_on_trained_ranks(rank, rule) else None
 
 
-def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
+def export_peft(run: TrainedRun, rank: int, rule: str, out: str | Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
     What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
@@ -142,7 +142,7 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     base = _shape_of_base(run.config.model)
     if base is not None:
         check_base(run)
-    with _peft_folder(out, sub, rank, _base_of(run.config), base) as folder:
+    with _peft_folder(Path(out), sub, rank, _base_of(run.config), base) as folder:
         _write_provenance(folder, run, rank, rule)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -575,3 +576,22 @@ def test_command(tmp_path: Path, run: Path) -> None:
 def test_command_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         command(arguments)
+
+
+def test_the_page_on_python_runs(
+    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first two blocks; the examples, which other tests run, are the third."""
+    page = (ROOT / "docs" / "python.md").read_text()
+    finished, own_loop, _ = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    exec(finished.replace("results/runs/...", str(run)), {})
+    assert (tmp_path / "exported" / "adapter_config.json").is_file()
+    shutil.rmtree(tmp_path / "exported")
+    found: dict = {}
+    exec(own_loop, found)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    actual = PeftModel.from_pretrained(plain, tmp_path / "exported").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(actual(found["tokens"]).logits, found["logits"])

@@ -158,11 +158,12 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_for_bit(tmp_path, 
 
 def test_a_method_whose_state_is_not_in_the_folder_is_not_resumed(tmp_path):
     config, examples = method_config("adalora"), make_examples(SAMPLES)
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    config.trainer.max_steps = 2
+    saving = {"save_strategy": "steps", "save_steps": 1}
     trained_by_trainer(tmp_path / "one", config, examples, **saving)
     elsewhere = {"seed": config.seed + 1, "learning_rate": 1e-3}
     trained_by_trainer(tmp_path / "two", config, examples, **saving | elsewhere)
-    checkpoint = str(tmp_path / "one" / "checkpoint-3")
+    checkpoint = str(tmp_path / "one" / "checkpoint-1")
 
     def resume(**changed):
         Trainer(
@@ -174,9 +175,18 @@ def test_a_method_whose_state_is_not_in_the_folder_is_not_resumed(tmp_path):
         ).train(resume_from_checkpoint=checkpoint)
 
     # The output folder has a checkpoint of this step, too, of another training.
-    with pytest.raises(UserError, match="resuming at step 3, but no method_state.pt"):
+    with pytest.raises(UserError, match="resuming at step 1, but no method_state.pt"):
         resume()
     resume(resume_from_checkpoint=checkpoint)
+
+
+def test_the_trainer_may_train_in_bf16(tmp_path):
+    config, examples = method_config("nested_matryoshka"), make_examples(SAMPLES)
+    _, expected = trained_by_trainer(tmp_path, config, examples)
+    model, trainer = trained_by_trainer(tmp_path, config, examples, bf16=True)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=0.02)
+    assert losses(trainer) != losses(expected)
+    assert factors(model).isfinite().all()
 
 
 def test_evaluation_in_training_reads_the_full_rank(tmp_path):
@@ -263,13 +273,17 @@ def test_several_samples_in_a_row_need_one_rank_a_step(tmp_path):
         ids = torch.tensor([[t for row in batch for t in row["input_ids"]] * 3])
         return {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([positions])}
 
-    trainer = Trainer(
-        make_model(config),
-        arguments(tmp_path, config),
-        train_dataset=rows,
-        data_collator=packed,
-        callbacks=[MethodCallback(build_method(config))],
-    )
+    def packing(config):
+        return Trainer(
+            make_model(config),
+            arguments(tmp_path, config),
+            train_dataset=rows,
+            data_collator=packed,
+            callbacks=[MethodCallback(build_method(config))],
+        )
+
+    packing(method_config("dylora")).train()
+    trainer = packing(config)
     with pytest.raises(UserError, match="set packing=False"):
         trainer.train()
     # Nothing of the broken training is left for the next one.
