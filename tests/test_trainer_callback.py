@@ -30,6 +30,7 @@ SAMPLES, BATCH, MICRO, STEPS = 29, 8, 2, 8
 def method_config(name, **settings):
     config = make_config(name, max_steps=STEPS, effective_batch=BATCH, micro_batch=MICRO)
     config.method.target_rank, config.method.mask_every = 2, 1
+    config.trainer.clip_norm, config.trainer.weight_decay = 0.02, 0.1  # both in use
     for key, value in settings.items():
         setattr(config.method, key, value)
     return config
@@ -110,7 +111,7 @@ def losses(trainer):
         ("dylora", {"draw": "micro_batch"}),
         ("nested_dropout", {}),
         ("nested_matryoshka", {}),
-        ("nested_trials", {"clip_blocks": 0.1, "average": 0.5}),
+        ("nested_trials", {"clip_blocks": 0.005, "average": 0.5}),
         ("adalora", {}),
         ("sora", {}),
     ],
@@ -263,8 +264,18 @@ def test_models_and_methods_that_do_not_fit_are_refused(tmp_path):
         begin(make_model(method_config("matryoshka")))
 
 
+def test_an_adapted_head_is_refused_under_trl(tmp_path):
+    model, config = small_llama(), method_config("lora")
+    callback = MethodCallback(add_method(model, "lora", ["lm_head"], rank=4))
+    args = arguments(tmp_path, config)
+    callback._check(args, model)
+    args.completion_only_loss = None  # as SFTConfig has it
+    with pytest.raises(UserError, match="past an adapter of the head"):
+        callback._check(args, model)
+
+
 def test_several_samples_in_a_row_need_one_rank_a_step(tmp_path):
-    config = method_config("nested_trials", clip_blocks=0.1)
+    config = method_config("nested_trials", clip_blocks=0.005)
     rows = ordered_rows(config, make_examples(SAMPLES))
 
     def packed(batch):
