@@ -3,8 +3,8 @@
     pip install -e '.[trl]'
     python examples/trl_sft.py [OUTPUT [MODEL]]
 
-MODEL is a causal language model of the hub or a folder; without it, the embedded tiny one (about a
-minute on two CPU cores).
+MODEL is a causal language model of the hub or a folder; without it, the embedded tiny one (less
+than a minute on two CPU cores).
 """
 
 import sys
