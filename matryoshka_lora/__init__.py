@@ -4,7 +4,9 @@ What this module offers is loaded on first use, so `import matryoshka_lora` is c
 adapters need nothing but torch:
 
     from matryoshka_lora import AdapterSpec, add_adapters, at_rank, load_adapter, save_adapter
+    from matryoshka_lora import add_method    # adapters for a training method
     from matryoshka_lora import load_run    # a finished run as a model; needs transformers
+    from matryoshka_lora import MethodCallback    # training by the Trainer of transformers
 """
 
 import importlib
@@ -15,12 +17,15 @@ __version__ = "0.1.0"
 _WHERE = {
     "AdapterLinear": "core.layer",
     "AdapterSpec": "core.spec",
+    "MethodCallback": "trainer_callback",
     "UserError": "core.errors",
     "adapter_layers": "core.adapter",
     "adapter_parameters": "core.adapter",
     "add_adapters": "core.adapter",
+    "add_method": "methods",
     "at_rank": "core.adapter",
     "diagonal": "core.adapter",
+    "export_adapter": "export",
     "load_adapter": "core.storage",
     "load_run": "loading",
     "lora_diagonal": "core.diagonals",

@@ -24,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.files import naming
 from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
+from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.storage import AdapterFile, read_adapter
 from matryoshka_lora.loading import TrainedRun, check_base, device_of, read_factors
 from matryoshka_lora.models import (
     DTYPES,
@@ -73,7 +75,11 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     Raises UserError for a rule that the adapter cannot be read by, where the adapter file is not
     the run's, and where it is zero in all layers.
     """
-    file = read_factors(run)
+    return _sub_rank_of(read_factors(run), rank, rule, run.folder.path)
+
+
+def _sub_rank_of(file: AdapterFile, rank: int, rule: str, source: Path) -> SubRank:
+    """`sub_rank` of an adapter's file; source: what the message names where it is zero."""
     reading = read(file.view, rank, rule)
     uniform = isinstance(reading.p, Tensor)
     found, diagonals = {}, {}
@@ -96,8 +102,8 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     multiplied = {name: (A * diagonals[name][:, None], B) for name, (A, B) in found.items()}
     if not any(A.any() and B.any() for A, B in multiplied.values()):
         raise UserError(
-            f"nothing to export: at rank {rank} under rule {rule} the adapter of "
-            f"{run.folder.path} is zero everywhere"
+            f"nothing to export: at rank {rank} under rule {rule} the adapter of {source} is zero "
+            "everywhere"
         )
     # A diagonal of one number, the same in all layers, is a scale of PEFT's.
     for scaling in PEFT_SCALE:
@@ -109,19 +115,24 @@ def sub_rank(run: TrainedRun, rank: int, rule: str) -> SubRank:
     return SubRank(multiplied, "none", uniform)
 
 
+def _check_asked(spec: AdapterSpec, rank: int, rule: str | None) -> None:
+    """Raise UserError for an unknown rule, and a rank that the adapter does not have."""
+    if rule is not None and rule not in RULES:
+        raise UserError(
+            f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
+        )
+    try:
+        check_rank(rank, spec.rank)
+    except UserError as error:
+        raise UserError(f"{error}; allowed: 1 to {spec.rank}") from None
+
+
 def rule_of(run: TrainedRun, rank: int, asked: str | None) -> str:
     """The rule to export a rank by, see `reporting.choosing.rule_for`, with what to know of it.
 
     Raises UserError for an unknown rank or rule, or one that the adapter cannot be read by.
     """
-    if asked is not None and asked not in RULES:
-        raise UserError(
-            f"rule={asked} is unknown; allowed: {', '.join(RULES)}{nearest(asked, RULES)}"
-        )
-    try:
-        check_rank(rank, run.spec.rank)
-    except UserError as error:
-        raise UserError(f"{error}; allowed: 1 to {run.spec.rank}") from None
+    _check_asked(run.spec, rank, asked)
     rule = rule_for(run.record, run.spec, rank, asked)
     if trained_rank(run, rank, rule) is False:
         logger.warning(
@@ -175,7 +186,7 @@ def vllm_command(folders: Sequence[Path]) -> str | None:
     return shlex.join([*command, "--max-lora-rank", str(allowed), "--lora-modules", *modules])
 
 
-def export_peft(run: TrainedRun, rank: int, rule: str | None, out: Path) -> None:
+def export_peft(run: TrainedRun, rank: int, rule: str | None, out: str | Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
     rule: None is the one that the record shows best. What PEFT reads of it is compared with what
@@ -183,22 +194,53 @@ def export_peft(run: TrainedRun, rank: int, rule: str | None, out: Path) -> None
     or rule, if `out` exists and is not empty, if the base model is not the one that was trained on,
     and where PEFT cannot carry the adapter.
     """
+    _check_new(Path(out))  # before the factors are read, which takes long
     rule = rule_of(run, rank, rule)
+    sub = sub_rank(run, rank, rule)
+    base = _shape_of_base(run.config.model)
+    if base is not None:
+        check_base(run)
+    with _peft_folder(Path(out), sub, rank, _base_of(run.config), base) as folder:
+        _write_provenance(folder, run, rank, rule)
+
+
+def export_adapter(adapter: str | Path, rank: int, rule: str, out: str | Path, base: str) -> None:
+    """`export_peft` for a file of `save_adapter`, without a run.
+
+    base: what `base_model_name_or_path` is to be, a folder or a name of the hub. Raises UserError
+    as `export_peft` does, but cannot tell whether it is the model that was trained on.
+    """
+    _check_new(Path(out))
+    file = read_adapter(Path(adapter))
+    _check_asked(file.spec, rank, rule)
+    sub = _sub_rank_of(file, rank, rule, Path(adapter))
+    model = ModelConfig(path=base) if Path(base).is_dir() else ModelConfig(name=base)
+    with _peft_folder(Path(out), sub, rank, base, _shape_of_base(model)):
+        pass
+
+
+@contextmanager
+def _peft_folder(
+    out: Path, sub: SubRank, rank: int, base_name: str, base: PreTrainedModel | None
+) -> Iterator[Path]:
+    """A `_new_folder` with the two files of a PEFT adapter; the block may add others.
+
+    rank: that of all layers, or the one that was asked for where each has its own. base: the shape
+    that PEFT is tried on and changes.
+    """
+    alpha, rslora = PEFT_SCALE[sub.scaling]
+    state = {}
+    for name, (A, B) in sub.factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = A
+        state[f"base_model.model.{name}.lora_B.weight"] = B
     with _new_folder(out) as folder:
-        sub = sub_rank(run, rank, rule)
-        alpha, rslora = PEFT_SCALE[sub.scaling]
-        state = {}
-        for name, (A, B) in sub.factors.items():
-            state[f"base_model.model.{name}.lora_A.weight"] = A
-            state[f"base_model.model.{name}.lora_B.weight"] = B
-        base = _shape_of_base(run)
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # Only what differs from PEFT's defaults, and not written by PEFT, which adds keys that its
         # earlier versions refuse.
         content: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": _base_of(run.config),
+            "base_model_name_or_path": base_name,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha(rank),
@@ -213,22 +255,17 @@ def export_peft(run: TrainedRun, rank: int, rule: str | None, out: Path) -> None
             content["alpha_pattern"] = {name: alpha(own) for name, own in ranks.items()}
         (folder / PEFT_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         if base is not None:
-            _check_peft(run, base, state, folder)
-        _write_provenance(folder, run, rank, rule)
+            _check_peft(base_name, base, state, folder)
+        yield folder
 
 
-def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
-    """The base model without weights; None, with a warning, where it is out of reach.
-
-    Raises UserError where it is another one than the run's.
-    """
+def _shape_of_base(model: ModelConfig) -> PreTrainedModel | None:
+    """The base model without weights; None, with a warning, where it is out of reach."""
     try:
-        base = load_model(run.config.model, torch.device("meta"))
+        return load_model(model, torch.device("meta"))
     except ValueError as error:
         logger.warning("it was not checked that PEFT can read this: %s", error)
         return None
-    check_base(run)
-    return base
 
 
 def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
@@ -240,9 +277,7 @@ def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list
     return sorted(layers if others else short)
 
 
-def _check_peft(
-    run: TrainedRun, base: PreTrainedModel, state: dict[str, Tensor], folder: Path
-) -> None:
+def _check_peft(name: str, base: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
     """Raise UserError unless PEFT makes exactly the parameters `state` of what is in `folder`.
 
     base: the base model without weights, which PEFT changes.
@@ -273,7 +308,7 @@ def _check_peft(
             return
         problem = f"it does not read {len(wrong)} of its tensors as they are, such as {wrong[0]}"
     raise UserError(
-        f"PEFT cannot carry this adapter on {run.config.model.name}: {problem}; use format=merged"
+        f"PEFT cannot carry this adapter on {name}: {problem}; for a run, use format=merged"
     )
 
 
@@ -339,12 +374,17 @@ def _check_untied(model: nn.Module, name: str) -> None:
         )
 
 
+def _check_new(out: Path) -> None:
+    """Raise UserError where `out` is something else than an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists and is not an empty folder; choose another one")
+
+
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when the block ends well and vanishes when it does not."""
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} exists and is not an empty folder; choose another one")
+    _check_new(out)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from matryoshka_lora.core.adapter import (
 )
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
-from matryoshka_lora.export import export_merged, export_peft
+from matryoshka_lora.export import export_adapter, export_merged, export_peft
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.loading import adapter_facts, check_base, load_run, read_factors, read_run
 from matryoshka_lora.methods import METHODS
@@ -154,6 +155,43 @@ def test_peft_computes_the_same(tmp_path: Path, base: Path, method: str, scaling
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
             # PEFT only warns where names do not fit, and then computes the base model.
             assert (expected - logits(plain)).abs().max() > 1e-2
+
+
+def test_an_adapter_without_a_run_is_exported_alike(
+    tmp_path: Path, base: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = run / "adapter.safetensors"
+    export_peft(read_run(run), 3, "svd", tmp_path / "run")
+    export_adapter(adapter, 3, "svd", tmp_path / "file", str(base))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(other)
+    shutil.copy(base / "tokenizer_config.json", other)
+    wrong = {
+        "rank 7 .*; allowed: 1 to 6": {"rank": 7},
+        "rule=svdd is unknown": {"rule": "svdd"},
+        "no adapter of this project": {"adapter": tmp_path / "file" / "adapter_model.safetensors"},
+        "exists and is not an empty folder": {"out": tmp_path / "file"},
+        "PEFT cannot carry this adapter on": {"base": str(other)},
+    }
+    asked = {"adapter": adapter, "rank": 3, "rule": "svd", "out": tmp_path / "o", "base": str(base)}
+    for reason, changed in wrong.items():
+        with pytest.raises(UserError, match=reason):
+            export_adapter(**asked | changed)
+        assert not (tmp_path / "o").exists()
+    export_adapter(
+        **asked | {"base": "nobody/nothing"}
+    )  # what the hub does not give is not checked
+    assert "it was not checked that PEFT can read this" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -551,3 +589,22 @@ def test_command(tmp_path: Path, run: Path) -> None:
 def test_command_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         command(arguments)
+
+
+def test_the_page_on_python_runs(
+    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first two blocks; the examples, which other tests run, are the third."""
+    page = (ROOT / "docs" / "python.md").read_text()
+    finished, own_loop, _ = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    exec(finished.replace("results/runs/...", str(run)), {})
+    assert (tmp_path / "exported" / "adapter_config.json").is_file()
+    shutil.rmtree(tmp_path / "exported")
+    found: dict = {}
+    exec(own_loop, found)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    actual = PeftModel.from_pretrained(plain, tmp_path / "exported").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(actual(found["tokens"]).logits, found["logits"])

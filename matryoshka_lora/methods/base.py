@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from matryoshka_lora.core.diagonals import check_train_ranks
+from matryoshka_lora.core.adapter import adapter_parameters, add_adapters
+from matryoshka_lora.core.diagonals import check_rank, check_train_ranks, powers_of_two
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.methods.hooks import Hooks
@@ -248,3 +250,38 @@ def check_weights(weights: tuple[float, ...], ranks: tuple[int, ...]) -> None:
 def single(p: Tensor, **fields: Any) -> Method:
     """A method that trains with one diagonal p (R,) in every step."""
     return Method(diagonals=p[None], ranks=(len(p),), p_full=p, **fields)
+
+
+def add_method(
+    model: nn.Module,
+    name: str,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    train_ranks: Sequence[int] | None = None,
+    scaling: str = "none",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    without: Sequence[str] = (),
+    **settings: Any,
+) -> Method:
+    """Adapt a model for a method, without a config; returns what its training has to ask.
+
+    train_ranks: S; None: the powers of two up to R. settings: the method's own, such as `weights`.
+    The others are those of `add_adapters`. Raises UserError for an unknown method or setting, and
+    where either does not fit.
+    """
+    info = get(name)
+    known = [field.name for field in dataclasses.fields(info.settings)]
+    if unknown := [setting for setting in settings if setting not in known]:
+        raise UserError(
+            f"method {name} has no setting {unknown[0]}; it has: {', '.join(known) or 'none'}"
+            f"{nearest(unknown[0], known)}"
+        )
+    check_rank(rank, rank)
+    ranks = tuple(powers_of_two(rank) if train_ranks is None else train_ranks)
+    shape = AdapterShape(rank, ranks, scaling)
+    method = info.build(shape, info.settings(**settings))
+    add_adapters(model, info.spec(shape, method), targets, dtype=dtype, seed=seed, without=without)
+    method.hooks.initialise(adapter_parameters(model), seed)
+    return method
