@@ -331,9 +331,11 @@ class Config:
 
     @property
     def train_ranks(self) -> list[int]:
-        """S, resolved."""
+        """S, resolved; one that the method does not use counts as not given."""
         given = self.adapter.train_ranks
-        return powers_of_two(self.adapter.rank) if given is None else list(given)
+        if given is None or not methods.get(self.method.name).trains_sub_ranks:
+            return powers_of_two(self.adapter.rank)
+        return list(given)
 
     @property
     def eval_ranks(self) -> list[int]:
