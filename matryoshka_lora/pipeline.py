@@ -22,7 +22,7 @@ from matryoshka_lora.core.storage import save_adapter
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.evaluation.engines import make_engine
 from matryoshka_lora.evaluation.engines.protocol import Point
-from matryoshka_lora.evaluation.held_out import held_out_rows
+from matryoshka_lora.evaluation.held_out import held_out_rows, loss_at_full_rank
 from matryoshka_lora.evaluation.own_tasks import fingerprints_of, flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.rows import Row
@@ -108,7 +108,7 @@ def run(config: Config) -> Record | None:
                 logger.info("training is finished; reading %s", folder.adapter)
                 load_factors(read_run(folder.path), model)
             else:
-                train(config, model, tokens.train, record, folder, accelerator, tracker, has_begun)
+                train(config, model, tokens, record, folder, accelerator, tracker, has_begun)
             evaluate(
                 *(config, model, tokens.tokenizer, tasks, tokens.held_out, fingerprints),
                 *(record, folder, accelerator, lm),
@@ -168,7 +168,7 @@ def evaluate_run(folder: Path, config: Config) -> Record | None:
 def train(
     config: Config,
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    tokens: Tokens,
     record: Record,
     folder: RunFolder,
     accelerator: Accelerator,
@@ -193,8 +193,12 @@ def train(
 
     try:
         record.training = fit(
-            *(model, examples, method, config, folder.path, accelerator),
+            *(model, tokens.train, method, config, folder.path, accelerator),
             on_step=on_step,
+            held_out=tokens.held_out,
+            loss_on=lambda examples: loss_at_full_rank(
+                model, examples, config.trainer.packed, accelerator
+            ),
         )
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -269,10 +269,15 @@ def test_a_dry_run_counts_what_the_method_keeps(tmp_path, capsys):
 
 
 def test_held_out_loss(tmp_path):
-    record = run(small_config(tmp_path, dataset__validation=0.2, eval__tasks=[]))
+    options = {"dataset__validation": 0.2, "eval__tasks": [], "trainer__max_steps": 3}
+    record = run(small_config(tmp_path, **options))
     rows = [row for row in record.rows if row.task == "validation"]
     assert record.data["held_out"] == 20 and record.data["used"] == 80
     assert len(rows) == 1 + 3 * 4 and all(row.n == 20 and row.value > 0 for row in rows)
+    on_the_way = record.training["validation"]
+    assert on_the_way["records"] == 20 and on_the_way["epochs"] == [2 / 3, 1]
+    (last,) = (row.value for row in rows if (row.rank, row.rule) == (4, "trained"))
+    assert on_the_way["losses"][-1] == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,12 @@ class TrainerConfig:
         "steps between checkpoints; null: 30 s, more where saving takes over 2 % of the time",
         "nothing",
     )
+    validate_every: float | None = setting(
+        0.5,
+        "epochs between two losses on held-out records, as rank R is trained; null: none",
+        "nothing",
+        idle=lambda config: None if config.dataset.validation else "no records are held out",
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations: less memory, slower", "nothing"
     )
