@@ -25,10 +25,11 @@ from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.further_evaluation import evaluate_run
 from matryoshka_lora.loading import load_run, read_run
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.methods.base import single
-from matryoshka_lora.pipeline import evaluate_run, run
+from matryoshka_lora.pipeline import run
 from matryoshka_lora.runs.folder import RECORD, RunFolder, run_path
 from matryoshka_lora.runs.record import read_record, write_record
 
@@ -221,7 +222,7 @@ def test_a_run_that_is_not_trained_or_has_another_base_is_not_read(tmp_path):
             read(folder.path)
     folder.adapter.unlink()
     for read in (load_run, read_run, lambda path: evaluate_run(path, config)):
-        with pytest.raises(ValueError, match=r"not finished training .*adapter.* missing"):
+        with pytest.raises(ValueError, match=r"was trained, but its adapter.* is missing"):
             read(folder.path)
 
 
