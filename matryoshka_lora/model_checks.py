@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative difference allowed between a document alone and packed; bf16 rounds in every layer."""
-PADDED = "trainer.packed=false eval.engine=hf"
+PADDED_EVALUATION = "eval.engine=hf"
+PADDED = f"trainer.packed=false {PADDED_EVALUATION}"
 """The settings that work where packed rows do not."""
 PROBE_TOKENS = (7, 5)
 """Of the probe's two documents, at most."""
@@ -86,6 +87,7 @@ def check_model(
                 many_packed=answers_many or (config.trainer.packed and trains_many),
                 many_padded=trains_many and not config.trainer.packed,
                 decodes=answers_many,
+                remedy=PADDED if trains else PADDED_EVALUATION,
             )
     return lm
 
@@ -189,6 +191,7 @@ def probe(
     many_packed: bool,
     many_padded: bool,
     decodes: bool = False,
+    remedy: str = PADDED,
 ) -> None:
     """Raise UserError unless the model does with two short documents what will be asked of it.
 
@@ -196,7 +199,7 @@ def probe(
     packed: a packed row of both gives the logits of each alone. many_packed, many_padded: in such
     rows every adapter layer can apply a diagonal to each document. decodes: and in decoding to each
     answer, for which a layer must see new tokens only, not cached ones. An adapter that is not
-    reached is named in a warning.
+    reached is named in a warning. remedy: what to set where packed rows do not work.
     """
     # Short ones: what goes wrong goes wrong with two tokens.
     documents = [
@@ -224,7 +227,7 @@ def probe(
     }
     lengths = [len(document) for document in documents]
     if packed:
-        found = _check_packed(model, documents, logits, p)
+        found = _check_packed(model, documents, logits, p, remedy)
         if many_packed:
             _check_targets(model, expected, found, "packed rows")
     if decodes:
@@ -278,11 +281,15 @@ def _difference(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _check_packed(
-    model: PreTrainedModel, documents: Sequence[tuple[int, ...]], alone: Sequence[Tensor], p: Tensor
+    model: PreTrainedModel,
+    documents: Sequence[tuple[int, ...]],
+    alone: Sequence[Tensor],
+    p: Tensor,
+    remedy: str,
 ) -> Calls:
     """Raise UserError unless a packed row gives the logits `alone` of each document.
 
-    p: (2, R). Returns what the adapter layers made of the row.
+    p: (2, R). remedy: see `probe`. Returns what the adapter layers made of the row.
     """
     device, name = model.device, type(model).__name__
     lengths = [len(document) for document in documents]
@@ -298,12 +305,11 @@ def _check_packed(
         raise
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "" if PADDED in reason else f"; set {PADDED}"
-        raise UserError(f"{name} does not run on packed rows: {reason}{hint}") from error
+        raise UserError(f"{name} does not run on packed rows: {reason}; set {remedy}") from error
     if len(found) != len(kept):
         raise UserError(
             f"{name} gives {len(found)} logits where {len(kept)} are asked for, so it cannot run "
-            f"on packed rows; set {PADDED}"
+            f"on packed rows; set {remedy}"
         )
     errors = _difference(found, torch.cat(list(alone))[kept])
     # The median, because where rounding sends a token to another expert it alone differs.
@@ -312,7 +318,7 @@ def _check_packed(
         raise UserError(
             f"{name} gives other logits for a document in a packed row than alone (relative "
             f"difference {largest:.2g}), as models do that ignore position_ids or the documents' "
-            f"bounds; set {PADDED}"
+            f"bounds; set {remedy}"
         )
     return calls
 

@@ -16,8 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from matryoshka_lora.cli import option, other_keys, run_script
 from matryoshka_lora.config import Config, build_config, check_given, quote_texts
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.further_evaluation import evaluate_run
 from matryoshka_lora.loading import read_run
-from matryoshka_lora.pipeline import evaluate_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ConfigStore.instance().store(name="schema", node=Config)

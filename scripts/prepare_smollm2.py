@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -130,19 +130,33 @@ def load(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    settle(tokenizer.backend_tokenizer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    return model, tokenizer
+
+
+def settle(tokenizer: Tokenizer) -> None:
+    """Set all of a converted tokenizer that GGUF does not say or transformers mistakes, in place.
+
+    What transformers fills in changes with its version. As a run's identity holds all of the
+    tokenizer, the same file must come out of each.
+    """
     # transformers knows GGUF's pre-tokeniser `smollm` only as GPT-2's. The original splits off
     # every digit first, which decides where the line breaks before a number go (`\n\n5`).
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    # transformers 5.17 takes another end token and another decoder from the file than 5.23.
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model, tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    # The rest changes no token, as there is one for each byte. It is as transformers 5.17 wrote it,
+    # under which runs are recorded.
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.model.unk_token = SPECIAL_TOKENS["unk_token"]
+    tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = True
+    tokenizer.model.continuing_subword_prefix = tokenizer.model.end_of_word_suffix = None
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -133,6 +133,10 @@ def test_the_papers_recipe(tmp_path):
             "method=nested_matryoshka method.decay=100",
             "method.decay=100.0 is too large: .*at adapter.rank=32; choose a smaller",
         ),
+        (
+            "method=matryoshka method.decay=0.5 method.normalise=mean",
+            "with method.decay=0.5 P is none; leave one of the two out",
+        ),
         ("method=nested_matryoshka method.decay=-1", "method.decay=-1.0 must be 0 or a positive"),
         ("method=adalora method.target_rank=33", "target_rank=33 must be 1 to adapter.rank=32"),
         ("method=adalora method.target_rank=0", "target_rank=0 must be 1 to adapter.rank=32"),
@@ -420,6 +424,13 @@ def test_micro_batches_are_part_of_the_hash_only_where_each_draws_a_rank(tmp_pat
         given = ("method=dylora", f"method.draw={draw}")
         hashes = {hash_of(*given, f"trainer.micro_batch={n}") for n in (4, 8)}
         assert len(hashes) == 1 + differ
+
+
+def test_what_trains_r_alone_has_r_among_its_ranks_whatever_s_is_given(tmp_path):
+    """Else its reading at R would be marked as one that training never visited."""
+    given = "adapter.train_ranks=[1,4]"
+    assert composed(tmp_path, "method=lora", "adapter.rank=8", given).train_ranks == [1, 2, 4, 8]
+    assert composed(tmp_path, "method=dylora", "adapter.rank=8", given).train_ranks == [1, 4]
 
 
 def test_the_folder_of_a_run(tmp_path):

@@ -13,13 +13,15 @@ from test_pipeline import records, small_config
 from tiny_lm import word_problems, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from matryoshka_lora import identity, pipeline
+from matryoshka_lora import further_evaluation, identity, pipeline
 from matryoshka_lora.config import ModelConfig, read_config
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.further_evaluation import evaluate_run
 from matryoshka_lora.identity import file_sha256, model_identity
 from matryoshka_lora.inputs import prepare
 from matryoshka_lora.models import EMBEDDED, load_tokenizer
-from matryoshka_lora.pipeline import evaluate_run, run
+from matryoshka_lora.phases import evaluation, report
+from matryoshka_lora.pipeline import run
 from matryoshka_lora.reporting import run_tables
 from matryoshka_lora.runs.earlier import find_run
 from matryoshka_lora.runs.folder import RunFolder
@@ -31,7 +33,7 @@ from matryoshka_lora.runs.record import read_record, write_record
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(pipeline, "plot_tables", lambda tables, path: [path.with_suffix(".png")])
+    monkeypatch.setattr(report, "plot_tables", lambda tables, path: [path.with_suffix(".png")])
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_an_evaluation_that_failed_is_completed_by_evaluate(tmp_path, monkeypatc
         raise OSError("device fell off")
 
     with monkeypatch.context() as context, pytest.raises(OSError, match="device fell off"):
-        context.setattr(pipeline, "run_sweep", fail)
+        context.setattr(evaluation, "run_sweep", fail)
         run(config)
     ((path, failed),) = records(tmp_path / "out").items()
     assert failed.status == "failed" and failed.evaluation["finished"] == []
@@ -180,8 +182,8 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(tmp_path, 
     record = run(config)
     folder = tmp_path / "out" / "runs" / record.name
     config.eval.engine, config.eval.ranks = "batched", [1, 2]
-    monkeypatch.setattr(pipeline, "evaluate", None)
-    with pytest.raises(UserError, match=r"set trainer\.packed=false eval\.engine=hf"):
+    monkeypatch.setattr(further_evaluation, "evaluate", None)
+    with pytest.raises(UserError, match=r"; set eval\.engine=hf"):
         evaluate_run(folder, config)
     assert read_record(folder / "record.json") == record
 
@@ -232,7 +234,7 @@ def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path, monkeypa
 
     for name in ("replace", "mkdir", "rename"):
         monkeypatch.setattr(os, name, read_only)
-    monkeypatch.setattr(pipeline, "write_tables", read_only)
+    monkeypatch.setattr(report, "write_tables", read_only)
     assert run(config) == record
     assert "arithmetic_word_problems" in capsys.readouterr().out
 

@@ -25,10 +25,11 @@ from matryoshka_lora.config import Config, build_config
 from matryoshka_lora.core.adapter import adapter_parameters, at_rank
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES
+from matryoshka_lora.further_evaluation import evaluate_run
 from matryoshka_lora.loading import load_run, read_run
 from matryoshka_lora.methods import METHODS
 from matryoshka_lora.methods.base import single
-from matryoshka_lora.pipeline import evaluate_run, run
+from matryoshka_lora.pipeline import run
 from matryoshka_lora.runs.folder import RECORD, RunFolder, run_path
 from matryoshka_lora.runs.record import read_record, write_record
 
@@ -221,7 +222,7 @@ def test_a_run_that_is_not_trained_or_has_another_base_is_not_read(tmp_path):
             read(folder.path)
     folder.adapter.unlink()
     for read in (load_run, read_run, lambda path: evaluate_run(path, config)):
-        with pytest.raises(ValueError, match=r"not finished training .*adapter.* missing"):
+        with pytest.raises(ValueError, match=r"was trained, but its adapter.* is missing"):
             read(folder.path)
 
 
@@ -269,10 +270,15 @@ def test_a_dry_run_counts_what_the_method_keeps(tmp_path, capsys):
 
 
 def test_held_out_loss(tmp_path):
-    record = run(small_config(tmp_path, dataset__validation=0.2, eval__tasks=[]))
+    options = {"dataset__validation": 0.2, "eval__tasks": [], "trainer__max_steps": 3}
+    record = run(small_config(tmp_path, **options))
     rows = [row for row in record.rows if row.task == "validation"]
     assert record.data["held_out"] == 20 and record.data["used"] == 80
     assert len(rows) == 1 + 3 * 4 and all(row.n == 20 and row.value > 0 for row in rows)
+    on_the_way = record.training["validation"]
+    assert on_the_way["records"] == 20 and on_the_way["epochs"] == [2 / 3, 1]
+    (last,) = (row.value for row in rows if (row.rank, row.rule) == (4, "trained"))
+    assert on_the_way["losses"][-1] == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matryoshka_lora.config import LLAMA_TARGETS, ModelConfig
-from matryoshka_lora.identity import model_identity
+from matryoshka_lora.identity import model_identity, tokenizer_digest
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 regex = pytest.importorskip("regex")
@@ -177,6 +178,30 @@ def test_tokenizer_encodes_as_defined(made: Made) -> None:
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
 
 
+def test_the_tokenizer_is_the_same_whichever_transformers_converts_it(
+    made: Made, script: ModuleType
+) -> None:
+    expected = (made.output / "tokenizer.json").read_text()
+    older = {
+        "normalizer": {"type": "Sequence", "normalizers": []},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+    }
+    older_model = {"unk_token": "<|endoftext|>", "fuse_unk": True, "byte_fallback": True}
+    newer_model = {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    for fields, model, affix in (
+        (older, older_model, None),
+        ({"normalizer": None}, newer_model, ""),
+    ):
+        content = json.loads(expected) | fields
+        affixes = {"continuing_subword_prefix": affix, "end_of_word_suffix": affix}
+        content["model"] |= model | affixes
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        before = [tokenizer.encode(text).ids for text in TEXTS]
+        script.settle(tokenizer)
+        assert json.loads(tokenizer.to_str()) == json.loads(expected)
+        assert [tokenizer.encode(text).ids for text in TEXTS] == before
+
+
 def test_every_record_will_say_where_it_comes_from(made: Made) -> None:
     identity = model_identity(ModelConfig(name="test/tiny", path=str(made.output)))
     assert identity["provenance"] == made.provenance
@@ -240,6 +265,9 @@ def test_the_real_model() -> None:
     chat = [{"role": "user", "content": "What is 2+2?"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    # The identity of every run on this model holds it.
+    recorded = "03f01a53127d9524feb89abc92357f676cc7e4dd2830b85712e746f33f30b233"
+    assert tokenizer_digest(tokenizer) == recorded
     content = json.loads((REAL / "tokenizer.json").read_text())["model"]
     tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]

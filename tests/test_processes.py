@@ -50,6 +50,8 @@ def test_two_processes_equal_one(tmp_path, method):
     ((reference, one),) = records(tmp_path / "one").items()
     assert tuple(r.training_device["processes"] for r in (two, one)) == (2, 1)
     np.testing.assert_allclose(losses(path.parent), losses(reference.parent), rtol=1e-5)
+    on_the_way = [r.training["validation"]["losses"] for r in (two, one)]
+    np.testing.assert_allclose(*on_the_way, rtol=1e-5)
     ours, theirs = (
         torch.cat([t.flatten() for t in load_file(p.parent / "adapter.safetensors").values()])
         for p in (path, reference)

@@ -15,11 +15,12 @@ from conftest import TARGETS, small_llama
 from transformers import AttentionInterface
 
 from matryoshka_lora.config import Config, TrainerConfig, adapter_spec_of, build_method
-from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters
+from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters, at_rank
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
+from matryoshka_lora.evaluation.held_out import loss_at_full_rank
 from matryoshka_lora.methods import METHODS, Hooks
 from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
@@ -38,6 +39,7 @@ from matryoshka_lora.training.plan import (
     share_of_tokens,
     split_into_forwards,
     total_steps,
+    validation_sample,
 )
 
 
@@ -77,7 +79,16 @@ def make_model(config, dtype=torch.float32, fill_B=False):
     return model
 
 
-def train(folder, config, model=None, examples=None, hooks=None):
+def reading(model, config):
+    """What `fit` takes to read held-out records on its way."""
+    accelerator, packed = Accelerator(cpu=True), config.trainer.packed
+    return {
+        "held_out": make_examples(70, seed=1),
+        "loss_on": lambda found: loss_at_full_rank(model, found, packed, accelerator),
+    }
+
+
+def train(folder, config, model=None, examples=None, hooks=None, validates=False):
     model = make_model(config) if model is None else model
     method = build_method(config)
     if hooks is not None:
@@ -90,6 +101,7 @@ def train(folder, config, model=None, examples=None, hooks=None):
         config,
         folder,
         Accelerator(cpu=True),
+        **(reading(model, config) if validates else {}),
     )
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     return model, rows, summary
@@ -265,7 +277,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, settle
     config = eventful(method)
     config.method.settle = settle
     hooks = build_method(config).hooks
-    reference, rows, _ = train(tmp_path / "whole", config, hooks=hooks)
+    reference, rows, whole = train(tmp_path / "whole", config, hooks=hooks, validates=True)
 
     class Killed(BaseException):
         pass
@@ -281,18 +293,21 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, settle
     folder.mkdir()
     with pytest.raises(Killed):
         fit(
-            make_model(config),
+            model := make_model(config),
             make_examples(),
             build_method(config),
             config,
             folder,
             Accelerator(cpu=True),
             on_step=kill,
+            **reading(model, config),
         )
     assert len(list((folder / "checkpoints").glob("*.pt"))) == 2
     resumed_hooks = build_method(config).hooks
-    resumed, resumed_rows, summary = train(folder, config, hooks=resumed_hooks)
+    resumed, resumed_rows, summary = train(folder, config, hooks=resumed_hooks, validates=True)
     assert torch.equal(factors(resumed), factors(reference))
+    for name in ("epochs", "losses"):
+        assert summary["validation"][name] == whole["validation"][name]
     importance = resumed_hooks.importance()
     assert all(torch.equal(x, importance[name]) for name, x in hooks.importance().items())
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
@@ -663,6 +678,46 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert torch.equal(factors(ours), factors(reference))
 
 
+@pytest.mark.parametrize("method", ["dylora", "sora", "nested_matryoshka"])
+@pytest.mark.parametrize("options", [{}, {"packed": False}, {"gradient_checkpointing": True}])
+def test_reading_held_out_records_on_the_way_changes_no_bit(tmp_path, method, options):
+    config = make_config(method, max_steps=11, **options)
+    plain, _, summary = train(tmp_path / "plain", config)
+    assert "validation" not in summary
+    ours, rows, summary = train(tmp_path / "read", config, validates=True)
+    assert torch.equal(factors(ours), factors(plain))
+    # An epoch has 7 steps: half epochs end within the 4th, with the 7th and within the 11th.
+    losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert list(losses) == [3, 6, 10]
+    found = summary["validation"]
+    assert found["records"] == 70 and found["losses"] == list(losses.values())
+    assert found["epochs"] == [4 / 7, 1, 11 / 7] and 0 < found["seconds"] < summary["seconds"]
+    held_out = make_examples(70, seed=1)
+    with torch.no_grad(), at_rank(ours, 8):
+        p = next(iter(adapter_layers(ours).values())).p
+        total = batch_loss(ours, held_out, p, packed=False)
+    assert losses[10] == pytest.approx(total.item() / sum(e.labels for e in held_out), rel=1e-5)
+    config.trainer.validate_every = None
+    assert "validation" not in train(tmp_path / "never", config, validates=True)[2]
+
+
+def test_few_held_out_records_are_read_at_equal_distances():
+    assert validation_sample(range(5)) == [0, 1, 2, 3, 4] and validation_sample([]) == []
+    found = validation_sample(range(374))
+    assert len(found) == 128 and {b - a for a, b in itertools.pairwise(found)} == {2, 3}
+
+
+def test_a_non_finite_loss_on_held_out_records_is_an_error(tmp_path):
+    config = make_config(max_steps=4)
+    with pytest.raises(FloatingPointError, match=r"step 4: .*, loss on held-out records nan; tra"):
+        fit(
+            *(make_model(config), make_examples(), build_method(config), config, tmp_path),
+            Accelerator(cpu=True),
+            held_out=make_examples(3),
+            loss_on=lambda found: float("nan"),
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
 def test_compiled_layers_train_the_same_and_compile_once(tmp_path, method, monkeypatch):
@@ -688,7 +743,8 @@ def test_compiled_layers_train_the_same_and_compile_once(tmp_path, method, monke
     graphs = []
     for steps in (1, 5):
         counters.clear()
-        train(tmp_path / f"packed{steps}", make_config(method, compile=True, max_steps=steps))
+        config = make_config(method, compile=True, max_steps=steps, validate_every=0.25)
+        train(tmp_path / f"packed{steps}", config, validates=True)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1] == 0, "five steps of other lengths compiled again"
 

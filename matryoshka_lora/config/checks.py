@@ -64,7 +64,7 @@ def validate(config: Config) -> None:
     for key in ("epochs", "effective_batch", "max_tokens"):
         _positive(f"trainer.{key}", getattr(trainer, key))
     _choice("trainer.round_steps", trainer.round_steps, ("nearest", "up"))
-    for key in ("max_steps", "micro_batch", "save_every"):
+    for key in ("max_steps", "micro_batch", "save_every", "validate_every"):
         _positive(f"trainer.{key}", getattr(trainer, key), optional=True)
     if not 0 <= trainer.rate * trainer.weight_decay <= 1:
         raise UserError(

@@ -258,6 +258,12 @@ class TrainerConfig:
         "steps between checkpoints; null: 30 s, more where saving takes over 2 % of the time",
         "nothing",
     )
+    validate_every: float | None = setting(
+        0.5,
+        "epochs between two losses on held-out records, as rank R is trained; null: none",
+        "nothing",
+        idle=lambda config: None if config.dataset.validation else "no records are held out",
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations: less memory, slower", "nothing"
     )
@@ -331,9 +337,11 @@ class Config:
 
     @property
     def train_ranks(self) -> list[int]:
-        """S, resolved."""
+        """S, resolved; one that the method does not use counts as not given."""
         given = self.adapter.train_ranks
-        return powers_of_two(self.adapter.rank) if given is None else list(given)
+        if given is None or not methods.get(self.method.name).trains_sub_ranks:
+            return powers_of_two(self.adapter.rank)
+        return list(given)
 
     @property
     def eval_ranks(self) -> list[int]:

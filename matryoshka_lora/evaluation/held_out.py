@@ -9,19 +9,19 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from matryoshka_lora.config import VALIDATION
-from matryoshka_lora.core.adapter import use_factors
-from matryoshka_lora.core.rules import FACTOR_SETS
+from matryoshka_lora.core.adapter import adapter_view, use_factors
+from matryoshka_lora.core.rules import FACTOR_SETS, Reading, trained
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
+from matryoshka_lora.evaluation.engines.protocol import Point
 from matryoshka_lora.evaluation.readings import Plan
 from matryoshka_lora.evaluation.rows import Row
 from matryoshka_lora.ops.attention import packed_attention
 
-BATCH = 32
-"""Examples of one forward."""
+BATCH, LARGE_BATCH = 32, 64
+"""Examples of one forward. In larger ones a small model's few readings take less time."""
 
 
-@torch.no_grad()
 def held_out_rows(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -32,24 +32,10 @@ def held_out_rows(
 ) -> list[Row]:
     """Loss in nats a label token on `examples`, a row for each reading of `plan`.
 
-    packed: forwards over packed rows, as in training. fingerprint: of the records. Every
-    process gets all rows. Each takes its share of the examples; where the base is sharded all must
-    run the same forwards, and each takes all of them.
+    packed: forwards over packed rows, as in training. fingerprint: of the records. Every process
+    gets all rows.
     """
-    labels = sum(example.labels for example in examples)
-    batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if not sharded:
-        batches = batches[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(len(plan.points), dtype=torch.float64, device=model.device)
-    for factors in FACTOR_SETS:
-        with use_factors(model, factors), packed_attention(model) if packed else nullcontext():
-            for index, point in enumerate(plan.points):
-                if point.factors == factors:
-                    for batch in batches:
-                        sums[index] += batch_loss(model, batch, point.p, packed=packed)
-    total = sums if sharded else accelerator.reduce(sums, "sum")
-    losses = (total / labels).tolist()
+    losses = _losses(model, examples, plan.points, packed, accelerator, BATCH)
     return [
         Row(
             task=VALIDATION,
@@ -66,3 +52,46 @@ def held_out_rows(
         for point, loss in zip(plan.points, losses, strict=True)
         for reading in plan.readings_of(point)
     ]
+
+
+def loss_at_full_rank(
+    model: PreTrainedModel, examples: Sequence[Example], packed: bool, accelerator: Accelerator
+) -> float:
+    """Loss in nats a label token on `examples`, read at R as training left the factors.
+
+    The row of that reading has the same number, but for rounding. Every process gets it.
+    """
+    adapter = adapter_view(model)
+    reading = trained(adapter, adapter.spec.rank)
+    (loss,) = _losses(model, examples, [reading], packed, accelerator, LARGE_BATCH)
+    return loss
+
+
+@torch.no_grad()
+def _losses(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    readings: Sequence[Point | Reading],
+    packed: bool,
+    accelerator: Accelerator,
+    batch: int,
+) -> list[float]:
+    """Loss in nats a label token, of each reading, in forwards of `batch` examples.
+
+    Each process takes its share of the examples; where the base is sharded all must run the same
+    forwards, and each takes all of them.
+    """
+    labels = sum(example.labels for example in examples)
+    batches = [examples[i : i + batch] for i in range(0, len(examples), batch)]
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if not sharded:
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(len(readings), dtype=torch.float64, device=model.device)
+    for factors in FACTOR_SETS:
+        with use_factors(model, factors), packed_attention(model) if packed else nullcontext():
+            for index, reading in enumerate(readings):
+                if reading.factors == factors:
+                    for part in batches:
+                        sums[index] += batch_loss(model, part, reading.p, packed=packed)
+    total = sums if sharded else accelerator.reduce(sums, "sum")
+    return (total / labels).tolist()

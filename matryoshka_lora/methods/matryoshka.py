@@ -34,6 +34,11 @@ def matryoshka(shape: AdapterShape, settings: Settings) -> Method:
     """p = P, the sum (or mean) of the prefix diagonals of S, in every step."""
     if settings.normalise not in ("sum", "mean"):
         raise UserError(f"method.normalise={settings.normalise} is unknown; allowed: sum, mean")
+    if settings.normalise == "mean" and settings.decay is not None:
+        raise UserError(
+            f"method.normalise=mean divides the sum over S, and with method.decay={settings.decay} "
+            "P is none; leave one of the two out"
+        )
     p = decreasing_diagonal(shape, settings.decay)
     if settings.normalise == "mean":
         p = p / len(shape.train_ranks)

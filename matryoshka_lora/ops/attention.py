@@ -79,7 +79,6 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
             raise UserError(
                 f"{type(model).__name__} cannot run on packed rows: "
                 + (f"its layers are {sorted(other)}" if other else "it has no flash attention path")
-                + "; set trainer.packed=false eval.engine=hf"
             )
     before = [config._attn_implementation for config in configs]
     try:
@@ -87,7 +86,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         if any(config._attn_implementation != PACKED for config in configs):
             raise UserError(
                 f"{type(model).__name__} does not let its attention be replaced, so it cannot run "
-                "on packed rows; set trainer.packed=false eval.engine=hf"
+                "on packed rows"
             )
         yield
     finally:
@@ -131,8 +130,7 @@ def packed(
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise UserError(
-                f"{type(module).__name__} asks for {name}, which packed attention does not do; "
-                "set trainer.packed=false eval.engine=hf"
+                f"{type(module).__name__} asks for {name}, which packed attention does not do"
             )
     if dropout:
         raise UserError("packed attention has no dropout; set the model's attention_dropout to 0")

@@ -33,7 +33,10 @@ class RunFolder:
 
     @property
     def train_log(self) -> Path:
-        """A line for each optimizer step: loss, learning rate, gradient norms, drawn ranks."""
+        """A line for each optimizer step: loss, learning rate, gradient norms, drawn ranks.
+
+        Where held-out records are read after the step, their loss and the seconds it took, too.
+        """
         return self.path / "train.jsonl"
 
     @property

@@ -37,7 +37,8 @@ class Record:
         hash over the fields that change the adapter.
     model: identity of the base model that was really loaded.
     data: fingerprint and counts of used, truncated and fully masked examples.
-    training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...
+    training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...;
+        `validation` has the losses on a sample of the held-out records, read at R on the way.
     evaluation: seconds, finished, ...; None before there is any.
     phases: who did what, in order: "training", from `first_step` on, once for each start that
         trained; "evaluation", once for each start that computed rows, which it names, with the

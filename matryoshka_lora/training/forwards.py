@@ -180,6 +180,24 @@ def training_mode(model: PreTrainedModel, settings: TrainerConfig) -> Iterator[d
         yield switched_off
 
 
+@contextmanager
+def reading_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Within `training_mode`, the model for forwards without gradients; as before on leaving.
+
+    They are eager, since compiled layers would compile again for them, and outside the graphs.
+    """
+    compiled = {layer: layer._compiled_call_impl for layer in decoder_layers(model)}
+    _undo_compile(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+        for layer, call in compiled.items():
+            layer._compiled_call_impl = call
+
+
 def _undo_compile(model: PreTrainedModel) -> None:
     """Back to eager layers: evaluation has other shapes and dtypes."""
     for layer in decoder_layers(model):

@@ -21,6 +21,7 @@ from matryoshka_lora.training.forwards import (
     backward_of,
     forwards_of_process,
     graphs_of,
+    reading_mode,
     training_mode,
 )
 from matryoshka_lora.training.gradients import (
@@ -30,7 +31,14 @@ from matryoshka_lora.training.gradients import (
     rank_square_norms,
     sum_over_processes,
 )
-from matryoshka_lora.training.plan import batch_ids, check_effective_batch, total_steps
+from matryoshka_lora.training.plan import (
+    batch_ids,
+    check_effective_batch,
+    is_validated,
+    steps_per_epoch,
+    total_steps,
+    validation_sample,
+)
 from matryoshka_lora.training.step_log import StepLog
 
 logger = logging.getLogger(__name__)
@@ -44,14 +52,19 @@ def fit(
     folder: Path,
     accelerator: Accelerator,
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None,
+    held_out: Sequence[Example] = (),
+    loss_on: Callable[[Sequence[Example]], float] | None = None,
 ) -> dict[str, Any]:
     """Train the adapters of `model` in place; returns the summary for the run's record.
 
     The loss of a step is the mean over the label tokens of its whole effective batch, over all
     processes and forwards. Resumes from the newest checkpoint in `folder`; appends one entry a step
-    to `folder/train.jsonl` and hands it to `on_step`. Raises FloatingPointError, naming step and
-    records, if loss or gradient norm is not finite, and UserError if the effective batch cannot be
-    split evenly or a checkpoint is not of this training.
+    to `folder/train.jsonl` and hands it to `on_step`. On the way it reads a sample of `held_out` by
+    `loss_on`, as `trainer.validate_every` says; all processes call that at the same steps.
+
+    Raises FloatingPointError, naming step and records, if a loss or the gradient norm is not
+    finite, and UserError if the effective batch cannot be split evenly or a checkpoint is not of
+    this training.
     """
     settings = config.trainer
     check_effective_batch(settings.effective_batch, accelerator.num_processes, settings.micro_batch)
@@ -75,6 +88,7 @@ def fit(
     first, spent = checkpoints.resume(state)
     if first:
         logger.info("resuming at step %d of %d", first, steps)
+    read = validation_sample(held_out) if loss_on is not None else []
     log = StepLog(folder, steps, accelerator.is_main_process, on_step)
     log.start(first)
     graphs = graphs_of(settings, accelerator, parameters.values(), device)
@@ -113,6 +127,10 @@ def fit(
             optimizer.step()
             hooks.after_update(step, lr)
             optimizer.zero_grad(set_to_none=graphs is None)
+            done = step + 1
+            validation: dict[str, float] = {}
+            if read and loss_on is not None and is_validated(done, len(examples), settings):
+                validation = _validation(model, read, loss_on, device)
 
             seconds = spent + time.monotonic() - began
             log.add(
@@ -129,9 +147,9 @@ def fit(
                     "tokens": sum(len(example.tokens) for example in batch),
                     "ranks": np.bincount(choice, minlength=len(method.ranks)).tolist(),
                     "seconds": seconds,
+                    **validation,
                 },
             )
-            done = step + 1
             if done < steps and checkpoints.due(done):
                 log.sync()
                 checkpoints.save(state, done, spent + time.monotonic() - began)
@@ -141,7 +159,30 @@ def fit(
     summary["cuda_graphs"] = graphs is not None
     if switched_off:
         summary["dropout_switched_off"] = switched_off
+    if validated := [entry for entry in log.entries if "validation_loss" in entry]:
+        epoch = steps_per_epoch(len(examples), settings.effective_batch)
+        summary["validation"] = {
+            "records": len(read),
+            "epochs": [(entry["step"] + 1) / epoch for entry in validated],
+            "losses": [entry["validation_loss"] for entry in validated],
+            "seconds": sum(entry["validation_seconds"] for entry in validated),
+        }
     return summary
+
+
+def _validation(
+    model: PreTrainedModel,
+    read: Sequence[Example],
+    loss_on: Callable[[Sequence[Example]], float],
+    device: torch.device,
+) -> dict[str, float]:
+    """The loss on held-out records and the seconds it took, as an entry of the log has them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the step's own work is not of these seconds
+    began = time.monotonic()
+    with reading_mode(model):
+        loss = loss_on(read)
+    return {"validation_loss": loss, "validation_seconds": time.monotonic() - began}
 
 
 def reset_peak(device: torch.device) -> None:

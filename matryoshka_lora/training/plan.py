@@ -5,6 +5,7 @@ Pure functions of seed and step, so that resuming needs only the number of the s
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from matryoshka_lora.core.errors import UserError
 
 # Keeps the random numbers of the batch order apart from those of the drawn ranks.
 ORDER_STREAM = 0
+# Held-out records that are read while a training runs. On GSM8K twice an epoch that is 1.2 % of its
+# arithmetic, where all records of its 5 % would be 3.5 %; six ranks, six times as much.
+VALIDATION_RECORDS = 128
+
+T = TypeVar("T")
 
 
 def steps_per_epoch(samples: int, effective_batch: int) -> int:
@@ -25,6 +31,20 @@ def total_steps(samples: int, settings: TrainerConfig) -> int:
     steps = settings.epochs * steps_per_epoch(samples, settings.effective_batch)
     whole = math.ceil(steps) if settings.round_steps == "up" else max(1, round(steps))
     return whole if settings.max_steps is None else min(whole, settings.max_steps)
+
+
+def is_validated(done: int, samples: int, settings: TrainerConfig) -> bool:
+    """Whether held-out records are read once `done` steps are done."""
+    if settings.validate_every is None:
+        return False
+    interval = settings.validate_every * steps_per_epoch(samples, settings.effective_batch)
+    return done // interval > (done - 1) // interval
+
+
+def validation_sample(held_out: Sequence[T]) -> list[T]:
+    """Those that are read: the same each time, at equal distances."""
+    count = min(len(held_out), VALIDATION_RECORDS)
+    return [held_out[i * len(held_out) // count] for i in range(count)]
 
 
 def batch_ids(seed: int, step: int, samples: int, effective_batch: int) -> np.ndarray:

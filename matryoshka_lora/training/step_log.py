@@ -115,16 +115,20 @@ class StepLog:
     def flush(self) -> None:
         """Read the values of the last step, write its entry, show progress.
 
-        Raises FloatingPointError, naming step and records, if loss or gradient norm is not finite.
+        Raises FloatingPointError, naming step and records, if a loss or the gradient norm is not
+        finite.
         """
         if self._pending is None:
             return
         step, self._pending = self._pending, None
         values: dict[str, Any] = {name: tensor.tolist() for name, tensor in step.values().items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        numbers = {"loss": values["loss"], "gradient norm": values["grad_norm"]}
+        if "validation_loss" in step.known:  # of the parameters that the step left
+            numbers["loss on held-out records"] = step.known["validation_loss"]
+        if not all(map(math.isfinite, numbers.values())):
+            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
             raise FloatingPointError(
-                f"step {step.number + 1}: loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}; training records of the step, counted from 1: "
+                f"step {step.number + 1}: {found}; training records of the step, counted from 1: "
                 f"{step.records}. Lower trainer.lr, or look at these records"
             )
         before = self.entries[-1]["seconds"] if self.entries else 0.0
