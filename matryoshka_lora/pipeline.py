@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from matryoshka_lora import methods
 from matryoshka_lora.comparison import note_run
 from matryoshka_lora.config import VALIDATION, Config, build_method, recorded, wanted_points
 from matryoshka_lora.core.adapter import adapter_view, set_importance
@@ -70,6 +71,11 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config) -> Record | None:
     """Do what is missing of the run and return its record (None but on the main process)."""
+    if not methods.get(config.method.name).trained:
+        raise UserError(
+            f"method.name={config.method.name} is not trained; choose one of "
+            f"{', '.join(methods.TRAINED)}"
+        )
     accelerator = make_accelerator()
     main = accelerator.is_main_process
     check_effective_batch(
