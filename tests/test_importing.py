@@ -1,5 +1,6 @@
 """LoRAs that PEFT has written, through scripts/import_lora.py, against what PEFT computes."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -108,6 +109,12 @@ def test_it_is_swept_shown_and_exported_at_lower_ranks(tmp_path, capsys):
     assert f"run={folder}" in shown and "nan" not in shown
     assert "imported LoRA" in rank_tables([record])[0].rows[-1].method
     assert "nan" not in format_run_table(record)
+    # Beside runs that say how they were trained it claims nothing of the kind.
+    dylora = read_record(next((ROOT / "results/records/table2-tiny").glob("*-dylora-*.json")))
+    dylora.config["trainer"]["clip_norm"] = 2.0
+    beside = dataclasses.replace(record, config=record.config | {"dataset": {"name": "arithmetic"}})
+    labels = {row.method for table in rank_tables([dylora, beside]) for row in table.rows}
+    assert labels == {"base", "DyLoRA", "imported LoRA"}
     # The same command again computes nothing; further tasks and ranks are added.
     import_lora(*arguments)
     assert read_record(folder / RECORD).rows == record.rows

@@ -269,7 +269,12 @@ def _variant(
     settings, so that its runs are rather kept apart than pooled.
     """
     try:
-        found = variant(read_config(config, name), model, fingerprint)
+        read = read_config(config, name)
+        found = variant(read, model, fingerprint)
+        if not was_trained_here(read.method.name):
+            # What its record lacks has a default, which says nothing of it.
+            known = {key for section, node in config.items() for key, _ in _flat(section, node)}
+            found = {key: value for key, value in found.items() if key in known | {*CONTENT}}
     except UserError:
         found = {
             key: json.dumps(value, default=str)
