@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from matryoshka_lora import methods
 from matryoshka_lora.config import Config, wanted_points
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import check_writable
 from matryoshka_lora.evaluation.own_tasks import fingerprints_of, flat, load_own_and_harness_tasks
 from matryoshka_lora.identity import model_identity
@@ -30,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config) -> Record | None:
     """Do what is missing of the run and return its record (None but on the main process)."""
+    if not methods.get(config.method.name).trained:
+        raise UserError(
+            f"method.name={config.method.name} is not trained; choose one of "
+            f"{', '.join(methods.TRAINED)}"
+        )
     accelerator = make_accelerator()
     main = accelerator.is_main_process
     check_effective_batch(

@@ -54,7 +54,7 @@ from matryoshka_lora.config import LLAMA_TARGETS, Config, adapter_spec_of, build
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
-from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
 from matryoshka_lora.processes import make_accelerator
@@ -102,7 +102,7 @@ class Options:
     shape: str | None = option(None, "null: all of this machine", choices=SHAPES)
     rank: int = option(32, "R, where a shape is given")
     methods: list[str] = option(
-        ["matryoshka", "nested_dropout"], "of this project", choices=METHODS
+        ["matryoshka", "nested_dropout"], "of this project", choices=TRAINED
     )
     baselines: list[str] = option(
         list(BASELINES), "settings of PEFT under the HF Trainer", choices=BASELINES

@@ -32,7 +32,7 @@ from matryoshka_lora.config import (
     wanted_points,
 )
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.runs.folder import run_path
 
 CONFIGS = ROOT / "configs"
@@ -57,7 +57,7 @@ def test_every_file_composes_and_validates(tmp_path, choice):
 
 
 def test_every_method_has_a_file():
-    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == set(METHODS)
+    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == set(TRAINED)
 
 
 def test_models_choose_their_data_and_an_explicit_choice_wins(tmp_path):
@@ -67,7 +67,7 @@ def test_models_choose_their_data_and_an_explicit_choice_wins(tmp_path):
     assert composed(tmp_path, "model=llama3_8b", "dataset=platypus").dataset.name == "platypus"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_the_recipes_set_the_same_keys_and_the_default_one_what_is_default(tmp_path, method):
     given = {}
     for name in ("default", "paper"):
@@ -382,7 +382,7 @@ def points_of(config):
     return wanted_points(config, dict.fromkeys(entries, "content"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_every_setting_changes_what_it_says(tmp_path, method):
     config = composed(tmp_path, f"method={method}", "eval.tasks=['gsm8k:3']")
     identity = ({"name": "m"}, "data")

@@ -25,7 +25,7 @@ def config_of(name: str, rank: int = 8, **method) -> Config:
 def test_the_diagonals_of_the_methods():
     assert list(METHODS) == [
         *("lora", "dylora", "nested_dropout", "matryoshka"),
-        *("nested_matryoshka", "adalora", "sora"),
+        *("nested_matryoshka", "adalora", "sora", "imported"),
     ]
     assert build_method(config_of("lora")).p_full.tolist() == [1] * 8
     expected = matryoshka_diagonal([1, 2, 4, 8], 8, "none")

@@ -16,7 +16,7 @@ from test_training import eventful, factors
 from test_training import train as fit_here
 
 from matryoshka_lora.config import build_method
-from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods import TRAINED
 
 CPU2 = ROOT / "configs" / "accelerate" / "cpu2.yaml"
 
@@ -193,7 +193,7 @@ from test_training import eventful, factors, make_examples, make_model, relative
 from pathlib import Path
 from accelerate import Accelerator
 from matryoshka_lora.config import build_method
-from matryoshka_lora.methods import METHODS
+from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.training.loop import fit
 
 accelerator = Accelerator(cpu=True)
@@ -205,7 +205,7 @@ def fitted(folder, config):
     fit(model, make_examples(), method, config, folder, accelerator)
     return torch.cat([factors(model), *(x.double() for x in method.hooks.importance().values())])
 
-for name in METHODS:
+for name in TRAINED:
     config = eventful(name)
     folder = Path(sys.argv[2]) / name
     whole = fitted(folder / "whole", config)
@@ -226,7 +226,7 @@ print("equal")
 
 @pytest.mark.slow
 def test_every_method_on_two_processes_is_that_of_one_and_resumes_bit_for_bit(tmp_path):
-    for name in METHODS:
+    for name in TRAINED:
         config, folder = eventful(name), tmp_path / name / "alone"
         hooks = build_method(config).hooks
         model, _, _ = fit_here(folder, config, hooks=hooks)

@@ -21,7 +21,7 @@ from matryoshka_lora.data.examples import Example
 from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.data.packing import pack
 from matryoshka_lora.evaluation.held_out import loss_at_full_rank
-from matryoshka_lora.methods import METHODS, Hooks
+from matryoshka_lora.methods import TRAINED, Hooks
 from matryoshka_lora.methods.dylora import FrozenRows
 from matryoshka_lora.ops.attention import packed_attention
 from matryoshka_lora.ops.device import ALLOCATOR, let_segments_grow, to_host
@@ -271,7 +271,7 @@ def batch_loss_per_document(model, examples):
 
 @pytest.mark.parametrize(
     ("method", "settle"),
-    [*((method, 0.3) for method in METHODS), ("adalora", 0.7)],  # the last: after all masking
+    [*((method, 0.3) for method in TRAINED), ("adalora", 0.7)],  # the last: after all masking
 )
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, method, settle):
     config = eventful(method)

@@ -174,7 +174,7 @@ class DatasetConfig:
 @dataclass
 @_with_settings_of_methods
 class MethodConfig:
-    name: str = setting("matryoshka", f"one of {', '.join(methods.METHODS)}", "adapter")
+    name: str = setting("matryoshka", f"one of {', '.join(methods.TRAINED)}", "adapter")
 
 
 @dataclass

@@ -26,9 +26,12 @@ for _module in pkgutil.iter_modules(__path__):
 _ordered = sorted(METHODS.values(), key=lambda info: info.order)
 METHODS.clear()
 METHODS.update({info.name: info for info in _ordered})
+TRAINED = [name for name, info in METHODS.items() if info.trained]
+"""The names of those that a run can train."""
 
 __all__ = [
     "METHODS",
+    "TRAINED",
     "AdapterShape",
     "Hooks",
     "Method",

@@ -163,6 +163,8 @@ class MethodInfo:
     runs, and tables give differences from its SVD."""
     trains_sub_ranks: bool
     """Whether it uses S, the trained sub-ranks."""
+    trained: bool
+    """Whether runs train it; the adapters of any other come from elsewhere."""
 
     def spec(self, shape: AdapterShape, method: Method) -> AdapterSpec:
         """What reading an adapter of this method needs to know."""
@@ -191,6 +193,7 @@ def register(
     settings: type = NoSettings,
     baseline: bool = False,
     trains_sub_ranks: bool = True,
+    trained: bool = True,
 ) -> Callable[[Build], Build]:
     """Make a function of the adapter's shape and the method's settings selectable by its name."""
 
@@ -216,6 +219,7 @@ def register(
             order=order,
             baseline=baseline,
             trains_sub_ranks=trains_sub_ranks,
+            trained=trained,
         )
         return function
 

@@ -21,7 +21,7 @@ from matryoshka_lora.reporting.frame import (
     runs_of,
     tidy_frame,
 )
-from matryoshka_lora.reporting.names import is_baseline, rule_place
+from matryoshka_lora.reporting.names import is_baseline, rule_place, was_trained_here
 from matryoshka_lora.runs.record import Record
 
 _WHOLE = ("trained", "prefix", "svd")
@@ -281,7 +281,8 @@ def _absent(runs: pd.DataFrame, points: pd.DataFrame, label: str) -> list[str]:
 
 def _named(run: Any, label: str) -> str:
     rank = "" if label.endswith(f"R={run.R}") else f" R={run.R}"
-    return f"{label}{rank}, scaling {run.scaling}, lr {run.lr:g}, seed {run.seed}"
+    trained = f", lr {run.lr:g}, seed {run.seed}" if was_trained_here(run.method) else ""
+    return f"{label}{rank}, scaling {run.scaling}{trained}"
 
 
 def _curves(
@@ -384,8 +385,8 @@ def _curve(
         method=label,
         rank=run.R,
         scaling=run.scaling,
-        lr=run.lr,
-        epochs=run.epochs,
+        lr=run.lr if was_trained_here(run.method) else None,
+        epochs=run.epochs if was_trained_here(run.method) else None,
         rule=rule,
         planned=len(runs),
         **measured,

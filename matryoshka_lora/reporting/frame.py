@@ -11,7 +11,7 @@ import pandas as pd
 from matryoshka_lora.config import COLUMNS, read_config, variant
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.rows import Row, test_sets
-from matryoshka_lora.reporting.names import method_place, place
+from matryoshka_lora.reporting.names import method_place, place, was_trained_here
 from matryoshka_lora.runs.record import Record
 
 RUN_COLUMNS = (
@@ -213,6 +213,8 @@ def _run(
         except (TypeError, ValueError):
             raise UserError(f"the config of run {name!r}: '{key}' is {value!r}") from None
 
+    # How an adapter was trained elsewhere is not known; what its file holds is in its variant.
+    known = was_trained_here(setting("method.name", str))
     return {
         "run": name,
         "model": setting("model.name", str),
@@ -220,9 +222,9 @@ def _run(
         "method": setting("method.name", str),
         "R": setting("adapter.rank", int),
         "scaling": setting("adapter.scaling", str),
-        "lr": setting("trainer.lr", float),
-        "epochs": setting("trainer.epochs", float),
-        "seed": setting("seed", int),
+        "lr": setting("trainer.lr", float) if known else math.nan,
+        "epochs": setting("trainer.epochs", float) if known else math.nan,
+        "seed": setting("seed", int) if known else 0,
         "variant": variant,
         "row": row,
         "problem": problem,
@@ -267,7 +269,12 @@ def _variant(
     settings, so that its runs are rather kept apart than pooled.
     """
     try:
-        found = variant(read_config(config, name), model, fingerprint)
+        read = read_config(config, name)
+        found = variant(read, model, fingerprint)
+        if not was_trained_here(read.method.name):
+            # What its record lacks has a default, which says nothing of it.
+            known = {key for section, node in config.items() for key, _ in _flat(section, node)}
+            found = {key: value for key, value in found.items() if key in known | {*CONTENT}}
     except UserError:
         found = {
             key: json.dumps(value, default=str)

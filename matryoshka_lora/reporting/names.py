@@ -28,6 +28,11 @@ def is_baseline(method: str) -> bool:
     return method in METHODS and METHODS[method].baseline
 
 
+def was_trained_here(method: str) -> bool:
+    """Whether its runs were trained by this project, so that their records say how."""
+    return method not in METHODS or METHODS[method].trained
+
+
 def method_style(method: str) -> tuple[str, str] | None:
     """Colour and marker of a known method."""
     return (METHODS[method].colour, METHODS[method].marker) if method in METHODS else None

@@ -231,7 +231,8 @@ def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
 def _distinction(table: RankTable, curve: Curve) -> str:
     """What tells a curve from others of the same method and rule."""
     values = {"model": curve.model, "dataset": curve.dataset, "scaling": curve.scaling}
-    values["epochs"] = f"{curve.epochs:g} epochs"
+    if curve.epochs is not None:
+        values["epochs"] = f"{curve.epochs:g} epochs"
     if curve.kind == "curve":
         values["R"] = f"R={curve.rank}"
     parts = [value for name, value in values.items() if name not in table.shared]

@@ -77,6 +77,15 @@ def runs_root(config: "Config") -> Path:
 
 def run_path(config: "Config", hash8: str) -> Path:
     """`<output_dir>/runs/<dataset>/<model>/<method>-r<R>-<scaling>/lr<lr>-seed<seed>-<hash>`."""
+    return _parent(config) / f"lr{config.trainer.rate:g}-seed{config.seed}-{hash8}"
+
+
+def imported_path(config: "Config", hash8: str) -> Path:
+    """As `run_path`, of an adapter that was trained elsewhere: `.../<hash>`."""
+    return _parent(config) / hash8
+
+
+def _parent(config: "Config") -> Path:
     from matryoshka_lora.config import short_name  # here, because reading records needs no torch
 
     adapter = config.adapter
@@ -85,5 +94,4 @@ def run_path(config: "Config", hash8: str) -> Path:
         / config.dataset.name
         / short_name(config.model.name)
         / f"{config.method.name}-r{adapter.rank}-{adapter.scaling}"
-        / f"lr{config.trainer.rate:g}-seed{config.seed}-{hash8}"
     )

@@ -38,13 +38,14 @@ class Record:
     model: identity of the base model that was really loaded.
     data: fingerprint and counts of used, truncated and fully masked examples.
     training: steps, tokens, label_tokens, seconds, tokens_per_second, peak_memory_gib, loss, ...;
-        `validation` has the losses on a sample of the held-out records, read at R on the way.
+        empty for an adapter that was trained elsewhere. `validation` has the losses on a sample of
+        the held-out records, read at R on the way.
     evaluation: seconds, finished, ...; None before there is any.
     phases: who did what, in order: "training", from `first_step` on, once for each start that
         trained; "evaluation", once for each start that computed rows, which it names, with the
-        settings and the engine; or "all" in a record of an older version, which tells of the first
-        start alone. Each with git ({"sha", "dirty"} of the code, None outside a checkout), versions
-        (package -> version) and device.
+        settings and the engine; "import" with the adapter that was read; or "all" in a record of an
+        older version, which tells of the first start alone. Each with git ({"sha", "dirty"} of the
+        code, None outside a checkout), versions (package -> version) and device.
     diagnostics: anything else measured.
     error: one line that says why the last start failed; a finished run may have one, too.
     """
@@ -65,7 +66,7 @@ class Record:
     @property
     def training_device(self) -> dict[str, Any]:
         """What the training ended on; empty where no phase tells."""
-        found = [phase["device"] for phase in self.phases if phase["phase"] != "evaluation"]
+        found = [p["device"] for p in self.phases if p["phase"] in ("training", "all")]
         return found[-1] if found else {}
 
 
