@@ -1,4 +1,4 @@
-"""A quantised base: weights and gradients are QLoRA's, what it computes its dequantised weights'."""
+"""A quantised base: weights and gradients are QLoRA's, outputs its dequantised weights'."""
 
 import importlib.util
 import json
