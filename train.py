@@ -25,9 +25,11 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        show_help(Path(__file__).parent / "configs")
-    else:
-        with exit_with_one_line():
-            sys.argv[1:] = quote_texts(sys.argv[1:])
+    with exit_with_one_line():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            show_help(Path(__file__).parent / "configs")
+        else:
+            # Hydra takes no override behind -m where there is one before it.
+            flags_first = sorted(sys.argv[1:], key=lambda given: given not in ("-m", "--multirun"))
+            sys.argv[1:] = quote_texts(flags_first)
             main()

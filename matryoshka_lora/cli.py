@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -133,9 +138,10 @@ def run_script(
     Help is `description` and every option. Log lines go to stderr. Exits with what `main` returns.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(description)
-        print("Options (key=value; default in brackets):")
-        _print_settings(_options_of(options), 20)
+        with exit_with_one_line():
+            print(description)
+            print("Options (key=value; default in brackets):")
+            _print_settings(_options_of(options), 20)
         return
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S"
@@ -151,6 +157,7 @@ def run_script(
 def exit_with_one_line() -> Iterator[None]:
     """Show a user's mistake as one line and exit with 1; Ctrl-C exits with 130.
 
+    Says nothing, and exits with 1, where nobody reads the output any more, as behind `| head`.
     Any other error is shown as one line that says so, with its traceback. With HYDRA_FULL_ERROR=1
     in the environment every error is raised as it is.
     """
@@ -159,6 +166,7 @@ def exit_with_one_line() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
+        sys.stdout.flush()
         _leave_processes()
         return
     except KeyboardInterrupt:
@@ -172,6 +180,10 @@ def exit_with_one_line() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
     if before == "1":
         raise error
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        # Else the interpreter tries again, and complains, when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     # Every process that was started for a run shows its own; the first one's are the run's.
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error in process {rank}"
@@ -182,6 +194,16 @@ def exit_with_one_line() -> Iterator[None]:
         print(f"{who}: this is a bug or the environment, not your input: {what}", file=sys.stderr)
         traceback.print_exception(error)
     sys.exit(1)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the pipe of the output that broke, not one between processes."""
+    try:
+        sys.stdout.flush()
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def is_of_the_user(error: BaseException) -> bool:
@@ -241,6 +263,11 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return f"{str(error).splitlines()[0]}: {one_line(cause)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} is not key=value as Hydra reads it: no space around =, and a "
+            "value with other characters in quotes of its own, \"key='value'\""
+        )
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         schema = error.object_type
         known = (
@@ -253,7 +280,13 @@ def one_line(error: BaseException) -> str:
         name = str(error.missing_cfg_file or "").rpartition("/")[2]
         options = [str(option) for option in error.options or []]
         return f"{lines[0]}; allowed: {', '.join(options)}{nearest(name, options)}"
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    # OmegaConf adds two lines on classes of this package.
+    stripped = (line.strip() for line in str(error).splitlines())
+    return " ".join(
+        line
+        for line in stripped
+        if line and not line.startswith(("reference_type=", "object_type="))
+    )
 
 
 def settings() -> list[tuple[str, str, str]]:

@@ -29,7 +29,7 @@ from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.core.files import naming
 from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
-from matryoshka_lora.loading import TrainedRun, check_base, read_factors
+from matryoshka_lora.loading import TrainedRun, check_base, device_of, read_factors
 from matryoshka_lora.models import (
     DTYPES,
     EMBEDDED,
@@ -125,8 +125,8 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
     What PEFT reads of it is compared with what was written; without PEFT a warning says that it was
-    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, and where
-    PEFT cannot carry the adapter.
+    not. Raises UserError for an unknown rank or rule, if `out` exists and is not empty, if the base
+    model is not the one that was trained on, and where PEFT cannot carry the adapter.
     """
     sub = sub_rank(run, rank, rule)
     alpha, rslora = PEFT_SCALE[sub.scaling]
@@ -162,12 +162,17 @@ def export_peft(run: TrainedRun, rank: int, rule: str, out: Path) -> None:
 
 
 def _shape_of_base(run: TrainedRun) -> PreTrainedModel | None:
-    """The base model without weights; None, with a warning, where it is out of reach."""
+    """The base model without weights; None, with a warning, where it is out of reach.
+
+    Raises UserError where it is another one than the run's.
+    """
     try:
-        return load_model(run.config.model, torch.device("meta"))
+        base = load_model(run.config.model, torch.device("meta"))
     except ValueError as error:
         logger.warning("it was not checked that PEFT can read this: %s", error)
         return None
+    check_base(run)
+    return base
 
 
 def _target_modules(layers: Iterable[str], base: PreTrainedModel | None) -> list[str]:
@@ -289,19 +294,6 @@ class _Rounding:
             "merged weights are rounded to {dtype}: a weight is off by {max:.2g} at most, "
             "{mean:.2g} on average; all are off by {share:.2%} of the norm of the update"
         ).format(**self.facts())
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name. Raises UserError for one that this machine does not have."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type != "meta":
-            return device
-        reason = "it holds no weights"
-    except (RuntimeError, AssertionError) as error:  # the second: a torch without CUDA
-        reason = str(error).splitlines()[0]
-    raise UserError(f"device={name} cannot be used ({reason}); allowed: cpu, cuda, cuda:0, ...")
 
 
 def _base_of(config: Config) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from matryoshka_lora.config import ModelConfig
 from matryoshka_lora.core.errors import UserError
@@ -84,7 +85,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def generation_digest(config: ModelConfig) -> str:
-    """sha256 over the base's generation config, which has a say in what an evaluation generates."""
+    """sha256 over the base's generation config, which has a say in what an evaluation generates.
+
+    Raises UserError for a damaged file of a local folder.
+    """
+    # transformers takes a damaged one for none.
+    if (path := Path(source_of(config)) / GENERATION_CONFIG_NAME).is_file():
+        _read_object(path)
     try:
         generation = GenerationConfig.from_pretrained(source_of(config), revision=config.revision)
     except OSError:  # it has none of its own; transformers then makes one from the shape

@@ -66,14 +66,28 @@ def load_run(
     """Load a finished run: its base model on `device` with its adapter, and the tokenizer.
 
     model_path: the base model's folder, where it is not where the run found it.
-    Raises UserError if the folder holds no trained run, or the adapter or the base is not the
-    run's own.
+    Raises UserError if the folder holds no trained run, this machine has no such device, or the
+    adapter or the base is not the run's own.
     """
+    where = device_of(str(device))
     run = read_run(folder, model_path)
     check_base(run)
-    model = build_model(run.config, torch.device(device))
+    model = build_model(run.config, where)
     load_factors(run, model)
     return LoadedRun(model, load_tokenizer(run.config.model), adapter_spec(model), run.record)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises UserError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type != "meta":
+            return device
+        reason = "it holds no weights"
+    except (RuntimeError, AssertionError) as error:  # the second: a torch without CUDA
+        reason = str(error).splitlines()[0]
+    raise UserError(f"device={name} cannot be used ({reason}); allowed: cpu, cuda, cuda:0, ...")
 
 
 def read_run(folder: str | Path, model_path: str | None = None) -> TrainedRun:
@@ -86,10 +100,14 @@ def read_run(folder: str | Path, model_path: str | None = None) -> TrainedRun:
         raise UserError(f"run={folder} holds no {files.record.name}, so it is no folder of a run")
     record = read_record(files.record)
     if not is_trained(files, record):
-        there = "there" if files.adapter.is_file() else "missing"
+        if record.training is not None:
+            raise UserError(
+                f"run={folder} was trained, but its {files.adapter.name} is missing; restore it, "
+                "or train again by the run's command with force=true"
+            )
         raise UserError(
-            f"run={folder} has not finished training (status {record.status}, "
-            f"{files.adapter.name} {there}); run its command again first"
+            f"run={folder} has not finished training (status {record.status}); run its command "
+            "again first"
         )
     config = read_config(record.config, str(files.record))
     if model_path is not None:

@@ -192,6 +192,7 @@ def probe(
 ) -> None:
     """Raise UserError unless the model does with two short documents what will be asked of it.
 
+    Its logits are finite, and none depends on later tokens.
     packed: a packed row of both gives the logits of each alone. many_packed, many_padded: in such
     rows every adapter layer can apply a diagonal to each document. decodes: and in decoding to each
     answer, for which a layer must see new tokens only, not cached ones. An adapter that is not
@@ -214,6 +215,8 @@ def probe(
             logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0])
         alone.append(calls)
     _warn_of_unreached(model, alone)
+    for document, found in zip(documents, logits, strict=True):
+        _check_logits(model, document, found)
     expected = {
         name: [torch.cat(pair) for pair in zip(*(calls[name] for calls in alone), strict=True)]
         for name in alone[0].keys() & alone[1].keys()
@@ -246,6 +249,34 @@ def probe(
         _check_targets(model, expected, trimmed, "padded rows")
 
 
+def _check_logits(model: PreTrainedModel, document: tuple[int, ...], logits: Tensor) -> None:
+    """Raise UserError where the logits of a document are no numbers or depend on later tokens."""
+    name = type(model).__name__
+    if not bool(logits.isfinite().all()):
+        raise UserError(
+            f"{name} gives logits that are not finite for the tokens {list(document)} before any "
+            "training: its weights are damaged, or too large for model.dtype="
+            f"{str(model.dtype).removeprefix('torch.')}; restore the files of the base model"
+        )
+    if len(document) < 2:
+        return
+    ids = torch.tensor([document[:-1]], device=model.device)
+    before = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    largest = _difference(before, logits[:-1])
+    if not float(largest.median()) <= TOLERANCE[model.dtype]:
+        raise UserError(
+            f"{name} is not causal: what it gives for a token changes with the tokens behind it, "
+            "which no answer has while it is generated; use a causal language model"
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    """Relative difference of the logits of each token, (tokens,)."""
+    # A number added to all logits of a token changes nothing.
+    found, expected = (x - x.mean(-1, keepdim=True) for x in (found.double(), expected.double()))
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+
+
 def _check_packed(
     model: PreTrainedModel, documents: Sequence[tuple[int, ...]], alone: Sequence[Tensor], p: Tensor
 ) -> Calls:
@@ -274,10 +305,7 @@ def _check_packed(
             f"{name} gives {len(found)} logits where {len(kept)} are asked for, so it cannot run "
             f"on packed rows; set {PADDED}"
         )
-    expected = torch.cat(list(alone))[kept].double()
-    # A number added to all logits of a token changes nothing.
-    expected, found = (x - x.mean(-1, keepdim=True) for x in (expected, found.double()))
-    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+    errors = _difference(found, torch.cat(list(alone))[kept])
     # The median, because where rounding sends a token to another expert it alone differs.
     largest = max(float(part.median()) for part in errors.split([lengths[0] - 1, lengths[1]]))
     if not largest <= TOLERANCE[model.dtype]:

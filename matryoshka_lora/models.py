@@ -127,6 +127,9 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             )
         model, found = loaded
         _check_weights(source, found)
+        if not quantized:  # otherwise it moves layer by layer
+            model = model.to(device)
+        _check_finite(source, model)
     model.requires_grad_(False)
     if quantized and not quantize(decoder_layers(model), str(config.quantization), device):
         raise UserError(
@@ -275,6 +278,22 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
             f"model {source}: its weights are not those that its config.json announces: "
             f"{'; '.join(named)}; restore weights and config.json of one model"
         )
+
+
+def _check_finite(source: str, model: PreTrainedModel) -> None:
+    """Raises UserError naming a weight that holds NaN or infinity.
+
+    Not every forward shows it: attention on the CPU makes zeros of NaN.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in DTYPES.values():
+            continue  # of a quantised checkpoint
+        # A sum takes no memory, and any such number makes it one.
+        if not bool(parameter.detach().sum(dtype=torch.float32).isfinite()):
+            raise UserError(
+                f"model {source}: {name} holds numbers that are not finite; restore the files of "
+                "this model"
+            )
 
 
 def unreachable(config: ModelConfig, source: str, error: Exception) -> str:

@@ -20,7 +20,7 @@ from reproduce_options import Options as TableOptions
 from matryoshka_lora.cli import option, run_script, text_of
 from matryoshka_lora.config import RATES, Config, affecting, read_config
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.core.files import write_atomically
+from matryoshka_lora.core.files import check_writable, write_atomically
 from matryoshka_lora.runs.record import Record, find_records, read_record
 
 
@@ -34,6 +34,10 @@ class Options:
 
 def main(options: Options) -> None:
     """Raises UserError where no search is published."""
+    output = Path(options.output)
+    if output.is_dir():
+        raise UserError(f"output={output} is a folder; name the file to write")
+    check_writable(output.absolute().parent, "output", "choose another file")
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted((CONFIGS / "evidence").glob("*.yaml")):
         if not read_evidence(path).final:  # it tries changes, and no rates for use
@@ -47,7 +51,6 @@ def main(options: Options) -> None:
             found.setdefault(model, {}).setdefault(method, {}).setdefault(rank, rate)
     if not found:
         raise UserError(f"no search is published below {options.records}; run reproduce.py first")
-    output = Path(options.output)
     text = output.read_text() if output.exists() else ""
     head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
     before = OmegaConf.to_container(OmegaConf.create(text)) if text else {}

@@ -28,6 +28,7 @@ from reproduce_options import AXES, STAGES, Options
 
 from hydra_plugins.gpu_queue.jobs import Job, Outcome, Slot, find_slots, run_jobs
 from matryoshka_lora.cli import run_script
+from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger("matryoshka_lora.scripts.reproduce")
 
@@ -41,6 +42,11 @@ def main(options: Options) -> int:
     planner = Planner(options)
     if (rows := evidence_file(options)) is not None:
         tables = [evidence_table(rows, options, planner)]
+    elif options.rows is not None:
+        raise UserError(
+            f"rows={','.join(options.rows)}: {options.table} of this model is a grid; give "
+            "methods=, ranks=, scalings=, lrs= or seeds="
+        )
     else:
         tables = planner.tables()
     for table in tables:

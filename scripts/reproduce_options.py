@@ -92,6 +92,10 @@ class Options:
         for name, _ in AXES.values():
             if getattr(self, name) == []:
                 raise UserError(f"{name}=[] must name at least one value")
+        if self.name is not None and (Path(self.name).name != self.name or self.name[0] == "."):
+            raise UserError(
+                f"name={self.name} must be the name of a folder, without / or leading ."
+            )
         several = self.gpus not in (None, 1) or self.slots is not None or self.workers_per_gpu > 1
         self.launcher = self.launcher or ("gpu_queue" if several else "local")
         if self.launcher != "submitit_slurm" and self.launcher_overrides:

@@ -1,11 +1,13 @@
 """Options of scripts, and how every command shows an error."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from hydra.errors import OverrideParseException
 from omegaconf import MISSING
 from test_launcher import environment
 
@@ -109,6 +111,10 @@ def test_other_errors_keep_their_traceback_below_one_line(capsys):
         (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or di"),
         (CannotWrite(28, "cannot write x (full)"), "error: cannot write x (full)"),
         (ValueError("too many"), "error: this is a bug or the environment, not your input: Valu"),
+        (
+            OverrideParseException("seed = 3", "token"),
+            "error: 'seed = 3' is not key=value as Hydra",
+        ),
         (OSError("network"), "error: this is a bug or the environment, not your input: OSError"),
     ],
 )
@@ -120,6 +126,24 @@ def test_one_line_for_what_the_user_can_mend(monkeypatch, capsys, error, line, r
     first, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith(line if rank == "0" else line.replace("error", "error in process 1", 1))
     assert bool(rest) == ("a bug" in line)
+
+
+def test_nothing_is_said_where_nobody_reads_the_output(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for text in ("a", "a" * 100_000):  # the first only fails when it is flushed
+            with pytest.raises(SystemExit) as end, exit_with_one_line():
+                print(text)
+            assert end.value.code == 1
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, stdout.fileno())
+            os.close(writer)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 def test_errors_are_raised_as_they_are_where_that_is_asked_for(monkeypatch):

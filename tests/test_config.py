@@ -220,6 +220,14 @@ def test_added_keys_are_refused(tmp_path, override, message):
         ("++output_dir=1e5", "++output_dir='1e5'"),
         ("model.revision=1e5,main,0012", "model.revision='1e5',main,0012"),
         ("dataset.subset=true", "dataset.subset='true'"),
+        ("model.path=/data/дата", "model.path='/data/дата'"),
+        ("model.path=a(1)~b=c'd,e&f", "model.path='a(1)~b=c\\'d','e&f'"),
+        ("model.path=choice(a,1)", None),
+        ("model.path=1e5,a/b", "model.path='1e5',a/b"),
+        ("model.path=1e5,a=b", "model.path='1e5','a=b'"),
+        ("model.path=[a", None),
+        ("model.path='a", None),
+        ("model.path=", None),
         ("model.path=null", None),
         ("output_dir='7'", None),
         ("output_dir=${seed}", None),
@@ -235,10 +243,13 @@ def test_a_text_stays_as_typed(given, expected):
 
 
 def test_a_folder_named_like_a_number(tmp_path):
+    path = "/tmp/Übung (1)[2]~it's=a#b&c\\"
+    given = ["output_dir=20240101_1200", "model.revision=1e5", f"dataset.path={path}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        node = compose("train", quote_texts(["output_dir=20240101_1200", "model.revision=1e5"]))
+        node = compose("train", quote_texts(given))
     config = typed_config(node)
     assert (config.output_dir, config.model.revision) == ("20240101_1200", "1e5")
+    assert config.dataset.path == path
 
 
 UNREAD = [

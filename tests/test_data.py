@@ -6,12 +6,14 @@ import json
 import lm_eval.tasks
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from matryoshka_lora.config import DatasetConfig
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example, tokenize
 from matryoshka_lora.data.packing import pack
 from matryoshka_lora.data.records import fingerprint, load_records, split_validation
@@ -168,6 +170,8 @@ def test_validation_split_is_fixed_and_disjoint():
     everything = sorted(record["answer"] for record in [*train, *held_out])
     assert everything == sorted(record["answer"] for record in RECORDS)
     assert split_validation(RECORDS, 0.0) == (RECORDS, [])
+    with pytest.raises(ValueError, match="validation=0.04 holds out none of 10 records; raise it"):
+        split_validation(RECORDS, 0.04)
 
 
 GOOD = json.dumps(RECORDS[0])
@@ -181,10 +185,14 @@ GOOD = json.dumps(RECORDS[0])
         ({"train.jsonl": f"{GOOD}\n{{oops\n"}, "is not JSON at line 2"),
         ({"train.jsonl": f"{GOOD}\n[1]\n"}, "line 2: expected an object"),
         ({"train.jsonl": f'{GOOD}\n{{"question": "x"}}\n'}, "record 2: field 'answer' is missing"),
-        ({"train.jsonl": '{"question": "x", "answer": 3}'}, "field 'answer' is missing, empty or"),
+        (
+            {"train.jsonl": '{"question": "x", "answer": 3}'},
+            "'answer' is missing, empty or not text: '3'",
+        ),
+        ({"train.jsonl": GOOD, "train.json": f"[{GOOD}]"}, "train.jsonl and train.json; leave one"),
         ({"train.json": '{"a": 1}'}, "expected a list"),
         ({"train.json": "oops"}, "is not JSON"),
-        ({"train.parquet": "oops"}, "is not a Parquet file"),
+        ({"train.parquet": "oops"}, "cannot be read as a Parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, files, message):
@@ -192,6 +200,25 @@ def test_bad_files_are_named(tmp_path, files, message):
         write(tmp_path, name, text)
     with pytest.raises(ValueError, match=message):
         load_records(gsm8k(path=str(tmp_path)))
+
+
+def test_a_name_that_is_no_file_is_not_called_missing(tmp_path):
+    path = tmp_path / "train.jsonl"
+    for make in (path.mkdir, lambda: path.symlink_to("nowhere"), lambda: path.symlink_to(path)):
+        make()
+        with pytest.raises(ValueError, match=f"{path} is no file, or a link that leads to none"):
+            load_records(gsm8k(path=str(tmp_path)))
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_parquet_file_with_bytes_that_are_no_text_or_a_column_twice_is_named(tmp_path):
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    for names, message in ((["question", "answer"], "utf-8"), (["answer"] * 2, "Multiple matches")):
+        table = pyarrow.table([text, text], names=names)
+        pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(UserError, match=rf"train\.parquet cannot be read.*{message}"):
+            load_records(gsm8k(path=str(tmp_path)))
 
 
 def test_bad_sources_are_named(tmp_path):

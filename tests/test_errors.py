@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_records import record
 
-from matryoshka_lora import export
+from matryoshka_lora import export, loading
 from matryoshka_lora.config import DatasetConfig, ModelConfig
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.errors import UserError
@@ -22,7 +22,7 @@ from matryoshka_lora.core.storage import HEADER, check_layers, read_adapter, sav
 from matryoshka_lora.data.files import read_rows
 from matryoshka_lora.data.records import load_records
 from matryoshka_lora.evaluation.local_data import _read_split
-from matryoshka_lora.identity import model_identity
+from matryoshka_lora.identity import generation_digest, model_identity
 from matryoshka_lora.models import EMBEDDED, load_model, load_tokenizer
 from matryoshka_lora.runs.record import read_record, write_record
 from matryoshka_lora.training.step_log import StepLog
@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
         (rb'{"question": "a \ud800"}', r"not text at line 2: .*ud800.* is half a character"),
         (b"[" * 100_000, "not readable from line 2 on: it is nested too deeply"),
         (b"1" * 5000, "not readable from line 2 on: Exceeds the limit"),
+        (b'{"a": 1, "a": 2}', "not readable from line 2 on: an object has the key 'a' twice"),
         (b"garbage", "not JSON at line 2: Expecting value"),
         (b"\xff", "not UTF-8 text at line 2: invalid start byte"),
     ],
@@ -46,6 +47,14 @@ def test_damaged_json_is_named_with_its_line(tmp_path, text, message):
         here = message.replace("from line 2 on", "from line . on")
         with pytest.raises(UserError, match=rf"{tmp_path / name} is {here}"):
             read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["{no", "[1]"])
+def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
+    shutil.copytree(EMBEDDED, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json is .*restore the files"):
+        generation_digest(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("value", [5, ["5?"], {"x": 5}, 2**70])
@@ -231,7 +240,7 @@ def test_a_hub_that_is_out_of_reach_is_told_with_the_local_way():
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there(device):
     with pytest.raises(UserError, match=f"device={device} cannot be used .*; allowed: cpu, cuda"):
-        export.device_of(device)
+        loading.device_of(device)
 
 
 def test_a_full_disk_names_what_was_written(tmp_path):

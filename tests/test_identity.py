@@ -17,6 +17,7 @@ from matryoshka_lora import identity, pipeline
 from matryoshka_lora.config import ModelConfig, read_config
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.identity import file_sha256, model_identity
+from matryoshka_lora.inputs import prepare
 from matryoshka_lora.models import EMBEDDED, load_tokenizer
 from matryoshka_lora.pipeline import evaluate_run, run
 from matryoshka_lora.reporting import run_tables
@@ -252,6 +253,28 @@ def test_a_run_of_an_earlier_version_is_found_or_explained(tmp_path):
         place.doubtful or ""
     )
     assert read_record(named / "record.json").model == old | {"weights_sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"trainer__clip_norm": 0.5}, "trainer.clip_norm=0.5"),
+        ({"dataset__limit": 12}, "another base model or data"),
+    ],
+)
+def test_the_record_of_another_run_in_a_runs_folder_is_refused(tmp_path, changes, what):
+    changed = small_config(tmp_path, trainer__max_steps=1, eval__tasks=[], **changes)
+    config = small_config(tmp_path, trainer__max_steps=1, eval__tasks=[])
+    paths = []
+    for made in (changed, config):
+        folder = prepare(made).folder
+        run(made)
+        paths.append(folder / "record.json")
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(UserError, match=f"is of another run than its folder, with {what}; restore"):
+        run(config)
+    config.force = True
+    assert run(config).run_hash == prepare(config).run_hash
 
 
 def test_a_file_in_the_folders_place(tmp_path):

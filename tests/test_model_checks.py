@@ -1,6 +1,7 @@
 """What training or evaluation would get wrong with a base model is refused before training."""
 
 import dataclasses
+import shutil
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import tiny_lm
 import torch
 from accelerate import Accelerator
 from conftest import TARGETS, small_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from matryoshka_lora.config import Config, ModelConfig
@@ -19,7 +21,7 @@ from matryoshka_lora.data.loss import batch_loss
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.inputs import Tokens
 from matryoshka_lora.model_checks import check_model, probe
-from matryoshka_lora.models import load_model, other_modalities, without_dropout
+from matryoshka_lora.models import EMBEDDED, load_model, other_modalities, without_dropout
 from matryoshka_lora.ops.attention import packed_attention
 
 SPEC = AdapterSpec(4, "none", (1.0,) * 4, False)
@@ -134,6 +136,31 @@ def test_a_model_that_can_do_it_all_is_left_as_it_was(dtype):
     for name, layer in layers.items():
         assert layer.p is before[name][0] and torch.equal(layer.lora_A, before[name][1])
         assert not layer._forward_pre_hooks
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    """Padded rows and the harness's own engine would take it, and every loss would be wrong."""
+    model = random_model("bert", ["query"], **SHAPE)
+    with pytest.raises(UserError, match="BertLMHeadModel is not causal: .*use a causal language"):
+        check(model)
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused():
+    model = random_model("llama", TARGETS, **SHAPE)
+    model.model.norm.weight.data[:] = 3e38  # finite, and too large
+    for packed in (False, True):
+        with pytest.raises(UserError, match=r"not finite .* before any training: its weights are"):
+            check(model, packed=packed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(tmp_path, value):
+    shutil.copytree(EMBEDDED, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = value
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.weight holds numbers that"):
+        load_model(ModelConfig(path=str(tmp_path)), torch.device("cpu"))
 
 
 def test_a_model_that_ignores_positions_is_refused_on_packed_rows():

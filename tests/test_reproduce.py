@@ -339,6 +339,8 @@ def test_slurm_jobs_are_products_of_exactly_the_pending_runs(local, tmp_path, mo
         (["table2", "model=tinny"], "model=tinny is unknown.*did you mean tiny"),
         (["table2", "seeds=42,x"], "seeds=42,x: 'x' is not an integer"),
         (["table2", "seeds=1,1"], "each once"),
+        (["table2", "name=../x"], "name=../x must be the name of a folder"),
+        (["table3", "model=tiny", "rows=lora-svd"], "rows=lora-svd: table3 .*is a grid; give meth"),
         (["table2", "lrs=fast"], "'fast' is not a number"),
         (["table2", "limit=0"], "limit=0 must be a positive integer"),
         (["table2", "gpus=two"], "gpus=two: 'two' is not an integer"),
@@ -590,6 +592,13 @@ def test_table3_on_the_embedded_model_ends_in_a_table(local, tmp_path, monkeypat
     assert table.splitlines()[0] in capfd.readouterr().out
     (path,) = find_records(tmp_path / "records", "*.json")
     assert {row.n for row in read_record(path).rows} == {20}
+
+
+def test_a_place_for_the_rates_is_checked_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "cannot be writ")):
+        with pytest.raises(ValueError, match=message):
+            rates.main(rates.Options(output=str(output)))
 
 
 def test_a_rule_is_published_at_the_rate_of_its_own_row():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from matryoshka_lora.training.loop import fit
 from matryoshka_lora.training.plan import (
     batch_ids,
     check_effective_batch,
+    share_of_tokens,
     split_into_forwards,
     total_steps,
 )
@@ -723,6 +725,22 @@ def test_cuts_cover_the_batch_once(processes, micro_batch):
         assert micro_batch or sum(lengths[i] for i in forward) <= 50
     for forward in split_into_forwards(lengths, 0, 1, None, 50, padded=True):
         assert len(forward) == 1 or len(forward) * max(lengths[i] for i in forward) <= 50
+
+
+def test_processes_have_about_as_many_tokens():
+    draw = random.Random(0)
+    for _ in range(20):
+        lengths = [draw.randrange(1, 400) for _ in range(9)]
+        shares = [share_of_tokens(lengths, process, 2) for process in range(2)]
+        assert sorted(sum(shares, [])) == list(range(9))
+        most = max(sum(lengths[i] for i in share) for share in shares)
+        halves = (sum(itertools.compress(lengths, chosen)) for chosen in SUBSETS)
+        best = min(max(half, sum(lengths) - half) for half in halves)
+        assert most <= best * 7 / 6  # Graham's bound of this rule on two processes
+    assert share_of_tokens([3, 1, 2], 0, 1) == [0, 1, 2]
+
+
+SUBSETS = list(itertools.product((0, 1), repeat=9))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +20,8 @@ from matryoshka_lora.config.schema import Config, method_settings, method_shape,
 from matryoshka_lora.core.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_UNREADABLE = object()
 
 RATES = Path(__file__).resolve().parents[2] / "configs" / "rates.yaml"
 """Learning rates by model, method and R, which scripts/rates.py writes."""
@@ -67,25 +71,35 @@ def typed_config(node: DictConfig) -> Config:
 
 
 def quote_texts(overrides: Iterable[str]) -> list[str]:
-    """Hydra overrides in which a number given for a text is quoted, so that it stays as typed.
+    """Hydra overrides in which what is given for a text is quoted where it would not stay as typed.
 
     Hydra would read `output_dir=20240101_1200` as 202401011200 and `model.revision=1e5` as
-    100000.0. Whatever is no override of a setting comes back as it is.
+    100000.0, and refuse paths with other letters than English ones, or with = ( [ ~ # &. A comma
+    still parts the values of a sweep. Whatever is no override of a setting comes back as it is.
     """
     texts = {key for key, found in settings_of(Config()) if found.type in (str, str | None)}
     parser = OverridesParser.create()
 
-    def quoted(text: str) -> str:
-        if not re.fullmatch(r"[\w.+-]+", text):
-            return text
-        value = parser.parse_override(f"key={text}").value()
-        return f"'{text}'" if isinstance(value, int | float) else text  # bool is an int
+    def value_of(text: str) -> Any:
+        try:
+            return parser.parse_override(f"key={text}").value()
+        except HydraException:
+            return _UNREADABLE
+
+    def quoted(text: str, whole: Any) -> str:
+        value = value_of(text)
+        is_number = re.fullmatch(r"[\w.+-]+", text) and isinstance(value, int | float)  # or bool
+        # What begins or refers as Hydra's own syntax does is left to it, and `choice(a,b)`.
+        own_syntax = text.startswith(("'", '"', "[", "{")) or "${" in text
+        is_foreign = whole is value is _UNREADABLE and not own_syntax
+        return QuotedString(text, Quote.single).with_quotes() if is_number or is_foreign else text
 
     found = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if equals and key.lstrip("+") in texts:
-            text = ",".join(map(quoted, text.split(",")))  # of a sweep, each
+            whole = value_of(text)
+            text = ",".join(quoted(part, whole) for part in text.split(","))  # of a sweep, each
         found.append(f"{key}{equals}{text}")
     return found
 

@@ -81,11 +81,12 @@ def parse_json(
 
     line: the number of the text's first line in its file. parse_constant: as of `json.loads`.
     Raises UserError, to be put behind "FILE is", for what is no JSON or no UTF-8, for nesting that
-    Python cannot follow, and for halves of characters, which no tokenizer and no file takes.
+    Python cannot follow, for a key that an object has twice, of which Python keeps the last, and
+    for halves of characters, which no tokenizer and no file takes.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode()
-        value = json.loads(decoded, parse_constant=parse_constant)
+        value = json.loads(decoded, parse_constant=parse_constant, object_pairs_hook=_object)
         # Only an escape makes one, so that most texts need no second look.
         if "\\ud" in decoded.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -103,3 +104,12 @@ def parse_json(
     except RecursionError:
         raise UserError(f"not readable from line {line} on: it is nested too deeply") from None
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found

@@ -43,7 +43,10 @@ def tokenize(
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError("the tokenizer has no end-of-text token, which ends every answer")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token, which ends every "
+            'answer; give it one as "eos_token" in tokenizer_config.json'
+        )
     pairs = texts(records, config)
     appended = _appended(tokenizer, pairs[0][0])
 

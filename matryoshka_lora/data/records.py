@@ -12,7 +12,7 @@ from matryoshka_lora.config import DatasetConfig
 from matryoshka_lora.core.errors import UserError, nearest
 from matryoshka_lora.data import arithmetic
 from matryoshka_lora.data.arithmetic import Split
-from matryoshka_lora.data.files import SUFFIXES, read_rows
+from matryoshka_lora.data.files import SUFFIXES, find_file, read_rows
 from matryoshka_lora.data.prompts import PROMPTS, texts
 
 Record = Mapping[str, Any]
@@ -52,8 +52,8 @@ def load_records(config: DatasetConfig, split: Split = "train") -> list[Record]:
             if not isinstance(record.get(name), str) or not record[name]:
                 found = ", ".join(map(str, record)) or "nothing"
                 raise UserError(
-                    f"{source}, record {number}: field {name!r} is missing, empty or not text "
-                    f"(fields found: {found})"
+                    f"{source}, record {number}: field {name!r} is missing, empty or not text: "
+                    f"{str(record.get(name))[:60]!r} (fields found: {found})"
                 )
     return records[: config.limit] if split == "train" else records
 
@@ -62,9 +62,8 @@ def find_split(folder: Path, split: str) -> Path:
     """`<folder>/<split>.jsonl`, `.json` or `.parquet`; UserError if the folder has none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; it must hold {split}.jsonl")
-    for suffix in SUFFIXES:
-        if (path := folder / f"{split}{suffix}").is_file():
-            return path
+    if (path := find_file(folder, split)) is not None:
+        return path
     raise UserError(
         f"{folder} holds no {split}{{{','.join(SUFFIXES)}}}; "
         f"files there: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'}"
@@ -101,7 +100,7 @@ def split_validation(records: Sequence[Record], share: float) -> tuple[list[Reco
     """(training records, held-out records), both in the given order.
 
     Which records are held out depends only on how many there are and on `share`. Raises UserError
-    if none is left to train on.
+    if none is left to train on, and if none is held out although some were to be.
     """
     held_out = np.zeros(len(records), dtype=bool)
     order = np.random.default_rng(VALIDATION_SEED).permutation(len(records))
@@ -109,6 +108,11 @@ def split_validation(records: Sequence[Record], share: float) -> tuple[list[Reco
     if held_out.all():
         raise UserError(
             f"dataset.validation={share} leaves no record of {len(records)} to train on"
+        )
+    if share and not held_out.any():
+        raise UserError(
+            f"dataset.validation={share} holds out none of {len(records)} records; raise it, or "
+            "set it to 0"
         )
     train = [record for record, out in zip(records, held_out, strict=True) if not out]
     return train, [record for record, out in zip(records, held_out, strict=True) if out]

@@ -10,7 +10,7 @@ import pyarrow
 from jinja2 import meta
 
 from matryoshka_lora.core.errors import UserError
-from matryoshka_lora.data.files import SUFFIXES, read_rows
+from matryoshka_lora.data.files import SUFFIXES, find_file, read_rows
 
 
 def read_splits(
@@ -78,8 +78,7 @@ def _data_folder(name: str, config: dict[str, Any], data_path: Path) -> Path:
 
 def _read_split(folder: Path, split: str, needed: set[str] | None) -> datasets.Dataset:
     """The documents of a split file; UserError names the file and the line that is wrong."""
-    paths = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
-    path = next((path for path in paths if path.is_file()), None)
+    path = find_file(folder, split)
     if path is None:
         found = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
         raise UserError(

@@ -145,7 +145,7 @@ class Samples:
     @contextmanager
     def appending(self) -> Iterator[Append]:
         """A function that scores a document's outputs and appends them to the file."""
-        kept = "what is in it stays; free some space and run the same command again"
+        kept = "what is in it stays; mend that and run the same command again"
         with naming(self.path, kept):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a", encoding="utf-8")

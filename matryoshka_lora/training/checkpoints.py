@@ -157,7 +157,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    kept = "the last good one is kept: free some space and run the same command again"
+    kept = "the last good one is kept: mend that and run the same command again"
     # torch reports a failed write as RuntimeError.
     with naming(path, kept, RuntimeError):
         try:

@@ -48,7 +48,10 @@ def split_into_forwards(
     many samples. Without it, a forward takes samples in order while they fit into `max_tokens`
     tokens, at least one; padded: each counts as many tokens as the longest of them.
     """
-    mine = np.array_split(np.arange(len(lengths)), processes)[process].tolist()
+    if micro_batch is None and not padded:
+        mine = share_of_tokens(lengths, process, processes)
+    else:  # consecutive samples, because each micro-batch may draw a rank of its own
+        mine = np.array_split(np.arange(len(lengths)), processes)[process].tolist()
     forwards: list[list[int]] = []
     for position in mine:
         if micro_batch is None:
@@ -60,6 +63,21 @@ def split_into_forwards(
             forwards.append([])
         forwards[-1].append(position)
     return forwards
+
+
+def share_of_tokens(lengths: Sequence[int], process: int, processes: int) -> list[int]:
+    """The positions of a process's samples, in order, so that all have about as many tokens.
+
+    The longest first, each to the process that has the fewest tokens: a step takes as long as its
+    slowest process.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fewest = tokens.index(min(tokens))
+        shares[fewest].append(position)
+        tokens[fewest] += lengths[position]
+    return sorted(shares[process])
 
 
 def check_effective_batch(effective_batch: int, processes: int, micro_batch: int | None) -> None:

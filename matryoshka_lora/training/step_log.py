@@ -133,7 +133,7 @@ class StepLog:
         self.entries.append(entry)
         if self._file is None:
             return
-        with naming(self.path, "free some space and run the same command again"):
+        with naming(self.path, "mend that and run the same command again"):
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         self.on_step(entry)
