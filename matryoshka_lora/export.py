@@ -279,8 +279,8 @@ class _Rounding:
         """error: rounded less exact weights; update: what was merged; (out, in) each."""
         self.largest = max(self.largest, float(error.abs().max()))
         self.sum += float(error.abs().sum(dtype=torch.float64))
-        self.squares += float(error.double().square().sum())
-        self.update_squares += float(update.double().square().sum())
+        self.squares += float(error.square().sum(dtype=torch.float64))
+        self.update_squares += float(update.square().sum(dtype=torch.float64))
         self.count += error.numel()
 
     def facts(self) -> dict[str, Any]:

@@ -147,6 +147,19 @@ def test_no_dequantised_weight_waits_for_the_backward_pass(kind):
 
 
 @needs_library
+def test_gradients_after_an_evaluation_and_with_recomputed_activations():
+    """bitsandbytes' own 4-bit layers lose theirs after an evaluation on some CPUs."""
+    fresh, other = adapt(quantized("nf4")), adapt(quantized("nf4"))
+    with torch.no_grad():
+        other.eval()(TOKENS)
+    other.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (fresh, other):
+        loss_of(model).backward()
+    for name, layer in adapter_layers(fresh).items():
+        assert torch.equal(layer.lora_A.grad, other.get_submodule(name).lora_A.grad), name
+
+
+@needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_keep_their_dtype(kind):
     model = quantized(kind)
