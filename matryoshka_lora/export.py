@@ -40,6 +40,7 @@ from matryoshka_lora.models import (
     load_model,
     load_tokenizer,
 )
+from matryoshka_lora.ops.quantized import dequantize
 from matryoshka_lora.reporting.choosing import rule_for, scores_at
 
 logger = logging.getLogger(__name__)
@@ -324,10 +325,11 @@ def export_merged(
     """Write the base model with `W0 + scale * B A` in place of each adapted weight, and tokenizer.
 
     The sum is formed in float32 and rounded once, to `dtype` (float32 or bfloat16; None: that of
-    the run's model). rule: None is the one that the record shows best. Raises UserError for an
-    unknown rank, rule, dtype or device, if `out` exists and is not empty, if the base model is not
-    the one that was trained on, or if an adapted weight is tied to another one, which merging would
-    change too.
+    the run's model); provenance and log say what that loses. A quantised base is dequantised: the
+    sum is that of the weights that the run was trained on, not of those in the base's files. rule:
+    None is the one that the record shows best. Raises UserError for an unknown rank, rule, dtype or
+    device, if `out` exists and is not empty, if the base model is not the one that was trained on,
+    or if an adapted weight is tied to another one, which merging would change too.
     """
     dtype = run.config.model.dtype if dtype is None else dtype
     if dtype not in DTYPES:
@@ -339,18 +341,52 @@ def export_merged(
         tokenizer = load_tokenizer(run.config.model)
         check_base(run)
         model = load_model(run.config.model, where)
+        dequantize(model, model.dtype)
+        rounding = _Rounding(dtype)
         for name, (A, B) in sub.factors.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), name
             _check_untied(model, name)
             scale = sub_rank_scale(len(A), sub.scaling)
             update = scale * (B.to(layer.weight.device) @ A.to(layer.weight.device))
-            merged = (layer.weight.float() + update).to(DTYPES[dtype])
+            exact = layer.weight.float() + update
+            merged = exact.to(DTYPES[dtype])
+            rounding.add(merged.float() - exact, update)
             layer.weight = nn.Parameter(merged, requires_grad=False)
         model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _write_provenance(folder, run, rank, rule)
+        logger.info("%s", rounding)
+        _write_provenance(folder, run, rank, rule, rounding=rounding.facts())
+
+
+class _Rounding:
+    """What rounding the merged weights loses, over all adapted layers."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.largest = self.sum = self.squares = self.update_squares = 0.0
+        self.count = 0
+
+    def add(self, error: Tensor, update: Tensor) -> None:
+        """error: rounded less exact weights; update: what was merged; (out, in) each."""
+        self.largest = max(self.largest, float(error.abs().max()))
+        self.sum += float(error.abs().sum(dtype=torch.float64))
+        self.squares += float(error.square().sum(dtype=torch.float64))
+        self.update_squares += float(update.square().sum(dtype=torch.float64))
+        self.count += error.numel()
+
+    def facts(self) -> dict[str, Any]:
+        """`max` and `mean` absolute difference of a weight; `share`: norm over the update's."""
+        share = (self.squares / self.update_squares) ** 0.5
+        mean = self.sum / self.count
+        return {"dtype": self.dtype, "max": self.largest, "mean": mean, "share": share}
+
+    def __str__(self) -> str:
+        return (
+            "merged weights are rounded to {dtype}: a weight is off by {max:.2g} at most, "
+            "{mean:.2g} on average; all are off by {share:.2%} of the norm of the update"
+        ).format(**self.facts())
 
 
 def _base_of(config: Config) -> str:
@@ -397,7 +433,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str) -> None:
+def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str, **more: Any) -> None:
     """What the export is; a run that uses it as its base model copies this into its record."""
     content: dict[str, Any] = {
         "source": run.record.name,
@@ -409,6 +445,8 @@ def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str) -> No
         "rule": rule,
         "trained_rank": trained_rank(run, rank, rule),
         "base": run.record.model,
+        "quantization": run.config.model.quantization,
+        **more,
     }
     (folder / PROVENANCE).write_text(json.dumps(content, indent=2) + "\n")
     _write_card(folder, run, rank, rule)

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config, build_method
 from matryoshka_lora.core.adapter import adapter_parameters
 from matryoshka_lora.data.examples import Example
-from matryoshka_lora.models import DTYPES
+from matryoshka_lora.models import DTYPES, decoder_layers
+from matryoshka_lora.ops.quantized import quantized_bytes
 from matryoshka_lora.training.plan import steps_per_epoch, total_steps
 
 
@@ -56,7 +58,7 @@ def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]
     width = 12 * shape.hidden_size + 4 * shape.intermediate_size
     layers = 1 if trainer.gradient_checkpointing else shape.num_hidden_layers
     memory = {
-        "base weights": (parameters - trainable) * compute,
+        "base weights": _base_bytes(config, model, parameters - trainable),
         "factors, gradients, AdamW": trainable * factor * 4,
         "activations (rough)": forward * width * layers * compute
         + forward * shape.num_hidden_layers * shape.hidden_size * compute,
@@ -75,6 +77,21 @@ def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]
         steps_per_epoch=steps_per_epoch(len(examples), trainer.effective_batch),
         memory=memory,
     )
+
+
+def _base_bytes(config: Config, model: PreTrainedModel, parameters: int) -> float:
+    """Of the base's weights; of a quantised one, with the largest layer as it is multiplied by."""
+    kind, compute = config.model.quantization, DTYPES[config.model.dtype].itemsize
+    if kind is None:
+        return parameters * compute
+    # Adapter layers that have taken a plain linear layer over are linear layers, too.
+    layers = [m for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
+    sizes = [layer.weight.numel() for layer in layers]
+    kept = sum(
+        quantized_bytes(kind, size, layer.out_features)
+        for layer, size in zip(layers, sizes, strict=True)
+    )
+    return kept + (parameters - sum(sizes)) * compute + max(sizes, default=0) * compute
 
 
 def _state_of_method(config: Config, model: PreTrainedModel, steps: int) -> int:

@@ -20,6 +20,7 @@ from transformers import (
 
 from matryoshka_lora.config import ModelConfig, short_name
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.ops.quantized import library, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +95,15 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
     Raises UserError where it cannot be read, and where that needs a package that is not installed.
 
+    With `quantization` the linear layers of its blocks are quantised, except on the meta device.
     With `random_weights` the shape is built with transformers' own initialisation from a fixed
     seed; on the meta device nothing is allocated.
     """
     dtype = DTYPES[config.dtype]
     shape = load_shape(config)
     source = source_of(config)
+    quantized = config.quantization is not None and device.type != "meta"
+    _check_quantization(config, source, shape, quantized)
     if config.random_weights or device.type == "meta":
         devices = [device] if device.type == "cuda" else []
         with _reading(config, source), torch.random.fork_rng(devices=devices):
@@ -123,10 +127,37 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             )
         model, found = loaded
         _check_weights(source, found)
-        model = model.to(device)
+        if not quantized:  # otherwise it moves layer by layer
+            model = model.to(device)
         _check_finite(source, model)
     model.requires_grad_(False)
-    return model.eval()
+    if quantized and not quantize(decoder_layers(model), str(config.quantization), device):
+        raise UserError(
+            f"model.quantization={config.quantization}: the blocks of {source}, a "
+            f"{type(model).__name__}, have no plain linear layers; leave it out"
+        )
+    return model.to(device).eval()
+
+
+def _check_quantization(
+    config: ModelConfig, source: str, shape: PretrainedConfig, quantized: bool
+) -> None:
+    """Raises UserError where the model cannot be quantised as configured, before it is read."""
+    kind = (getattr(shape, "quantization_config", None) or {}).get("quant_method")
+    # bitsandbytes' own layers lose gradients on some CPUs: see `ops.quantized`.
+    if kind == "bitsandbytes" or (kind is not None and config.quantization is not None):
+        raise UserError(
+            f"the files of model {source} are quantised already ({kind}); give the model in whole "
+            "precision, which model.quantization=nf4 or int8 quantises when it is loaded"
+        )
+    try:
+        if quantized:
+            library()
+    except ImportError as error:
+        raise UserError(
+            f"model.quantization={config.quantization} needs bitsandbytes ({_first_line(error)}): "
+            "pip install matryoshka-lora[quant], or leave it out"
+        ) from error
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

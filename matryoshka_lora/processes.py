@@ -61,9 +61,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedModel:
-    """The base model with fresh adapters on this process's device, sharded under FSDP."""
+    """The base model with fresh adapters on this process's device, sharded under FSDP.
+
+    Raises UserError where a base would be both quantised and sharded.
+    """
     if not is_sharded(accelerator):
         return build_model(config, accelerator.device)
+    if config.model.quantization is not None:
+        raise UserError(
+            f"model.quantization={config.model.quantization} cannot be sharded (FSDP): a quantised "
+            "base is whole on each GPU; use configs/accelerate/ddp.yaml, or leave it out"
+        )
     # accelerate asks for it, and transformers 5.17 then leaves the weights of all processes but the
     # first at 0, for accelerate to fill.
     disable_fsdp_ram_efficient_loading()

@@ -52,6 +52,7 @@ def validate(config: Config) -> None:
     _choice("adapter.init", adapter.init, INITS)
     for key, dtype in (("adapter.dtype", adapter.dtype), ("model.dtype", config.model.dtype)):
         _choice(key, dtype, ("float32", "bfloat16"))
+    _check_quantization(config)
     if not adapter.targets or len(set(adapter.targets)) < len(adapter.targets):
         raise UserError(
             f"adapter.targets={adapter.targets} must name at least one layer, such as q_proj, "
@@ -105,3 +106,20 @@ def validate(config: Config) -> None:
         raise UserError(f"eval.tasks={config.eval.tasks} names a task twice")
     _choice("tracking.name", config.tracking.name, ("none", "wandb"))
     _choice("tracking.mode", config.tracking.mode, ("online", "offline"))
+
+
+def _check_quantization(config: Config) -> None:
+    if config.model.quantization is None:
+        return
+    _choice("model.quantization", config.model.quantization, ("nf4", "int8"))
+    asked = {
+        "trainer.compile": config.trainer.compile,
+        "trainer.cuda_graphs": config.trainer.cuda_graphs,
+        "eval.cuda_graphs": config.eval.cuda_graphs,
+    }
+    if any(asked.values()):
+        raise UserError(
+            f"model.quantization={config.model.quantization}: its weights are dequantised in each "
+            "forward, which is neither compiled nor captured; set "
+            + " ".join(f"{key}=false" for key, given in asked.items() if given)
+        )

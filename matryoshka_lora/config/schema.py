@@ -119,6 +119,12 @@ class ModelConfig:
     dtype: str = setting(
         "float32", "float32 or bfloat16: of the base weights and of all compute", "adapter"
     )
+    quantization: str | None = setting(
+        None,
+        "nf4 (QLoRA) or int8: keep the weights of the base's linear layers so; needs bitsandbytes",
+        "adapter",
+        later=True,
+    )
     random_weights: bool = setting(
         False, "the real shape without its weights, for speed work", "fingerprint"
     )

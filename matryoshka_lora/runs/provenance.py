@@ -15,6 +15,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "lm_eval",
     "hydra-core",
