@@ -29,7 +29,8 @@ from matryoshka_lora.core.adapter import adapter_layers, adapter_view, diagonal,
 from matryoshka_lora.core.diagonals import powers_of_two
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RULES, FactorSet, Reading, read
-from matryoshka_lora.loading import device_of, load_run
+from matryoshka_lora.loading import LoadedRun, device_of, load_run
+from matryoshka_lora.reporting.choosing import rule_for
 
 GAP, NARROWEST = 3, 24
 """Characters between two columns, and of the narrowest column."""
@@ -45,7 +46,11 @@ class Options:
     ranks: list[int] | None = option(
         None, "ranks that answer, 0 the base model; null: powers of 2, in a chat the largest"
     )
-    rule: str = option("svd", f"the rule to read the adapter by: {', '.join(RULES)}")
+    rule: str | None = option(
+        None,
+        f"the rule to read the adapter by: {', '.join(RULES)}; null: the one that the record shows "
+        "best, of several ranks at the lowest",
+    )
     prompt: str | None = option(None, "what is asked; \\n stands for a line break")
     interactive: bool = option(False, "chat instead")
     max_new_tokens: int = option(200, "tokens that an answer may have")
@@ -70,27 +75,24 @@ class Options:
 class Talker:
     """A run's model that answers at ranks and by a rule, which may change between answers."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ranks: Sequence[int],
-        rule: str,
-    ) -> None:
+    def __init__(self, run: LoadedRun, ranks: Sequence[int], rule: str | None) -> None:
         """Raises UserError as `switch` does."""
-        self.model, self.tokenizer = model, tokenizer
+        self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
         self._factors = ExitStack()
         self._in_place: FactorSet = "trained"
         self.switch(ranks, rule)
 
-    def switch(self, ranks: Sequence[int], rule: str) -> None:
+    def switch(self, ranks: Sequence[int], asked: str | None) -> None:
         """From now on answer at these ranks, by this rule; an error leaves all as it was.
 
-        Raises UserError for a rank outside 0..R, and a rule that is unknown or refused.
+        asked: None is the rule that the record shows best at the lowest of the ranks. Raises
+        UserError for a rank outside 0..R, and a rule that is unknown or refused.
         """
         view = adapter_view(self.model)
+        lowest = min((rank for rank in ranks if rank), default=self.run.spec.rank)
+        rule = rule_for(self.run.record, self.run.spec, lowest, asked)
         self.readings = [read(view, rank, rule) for rank in ranks]
-        self.ranks, self.rule = list(ranks), rule
+        self.ranks, self.rule, self.asked = list(ranks), rule, asked
         # Of the base nothing is read, in whichever factors.
         sets = {r.factors for r, rank in zip(self.readings, ranks, strict=True) if rank}
         assert len(sets) <= 1, "a rule reads one set of factors"
@@ -266,11 +268,11 @@ def chat(talker: Talker, limit: int, template: bool | None) -> None:
             if command == "/new":
                 said.clear()
             elif command == "/base":
-                talker.switch([0], talker.rule)
+                talker.switch([0], talker.asked)
             elif command == "/rank":
                 if not value.strip().isdigit():
                     raise UserError("/rank takes a rank, such as /rank 8")
-                talker.switch([int(value)], talker.rule)
+                talker.switch([int(value)], talker.asked)
             elif command == "/rule":
                 talker.switch(talker.ranks, value.strip())
             elif command.startswith("/"):
@@ -299,7 +301,7 @@ def main(options: Options) -> None:
     loaded = load_run(options.run, device=device_of(device), model_path=options.model_path)
     full = loaded.spec.rank
     ranks = options.ranks or ([full] if options.interactive else powers_of_two(full))
-    talker = Talker(loaded.model, loaded.tokenizer, ranks, options.rule)
+    talker = Talker(loaded, ranks, options.rule)
     if options.interactive:
         chat(talker, options.max_new_tokens, options.chat_template)
         return

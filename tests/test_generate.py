@@ -47,7 +47,7 @@ def expected(run, text, rank, rule):
 @pytest.mark.parametrize("rule", ["prefix", "trained", "svd", "global"])
 def test_each_row_is_the_model_at_its_rank(run, rule):
     loaded, ranks, seen = load_run(run), [0, 1, 3, 6], []
-    talker = script.Talker(loaded.model, loaded.tokenizer, ranks, rule)
+    talker = script.Talker(loaded, ranks, rule)
     tokens = script.encode(loaded.tokenizer, [{"role": "user", "content": PROMPT}], None)
     texts, rate = talker.answer(tokens, LIMIT, seen.append)
     assert texts == [expected(run, PROMPT, rank, rule) for rank in ranks]
@@ -85,13 +85,23 @@ def test_the_answers_stand_side_by_side(run, capsys):
 
 
 def test_a_chat_switches_rank_rule_and_base_live(run, monkeypatch, capsys):
-    typed = [PROMPT, "/rank 1", PROMPT, "/rule prefix", PROMPT, "/base", PROMPT, "/rank 99"]
+    typed = [
+        PROMPT,
+        "/rule svd",
+        "/rank 1",
+        PROMPT,
+        "/rule prefix",
+        PROMPT,
+        "/base",
+        PROMPT,
+        "/rank 99",
+    ]
     typed += ["/rank x", "/rule pre", "/what", "/rank 6", "/new", "", PROMPT, "/quit", "never"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     generate(f"run={run}", "interactive=true")
     shown = capsys.readouterr().out
     place = 0
-    for rank, rule in ((6, "svd"), (1, "svd"), (1, "prefix"), (0, "prefix"), (6, "prefix")):
+    for rank, rule in ((6, "trained"), (1, "svd"), (1, "prefix"), (0, "prefix"), (6, "prefix")):
         name = f"[rank {rank} {rule}, " if rank else "[base model"
         place = shown.index(name, place)
         answer = expected(run, PROMPT, rank, rule)

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from matryoshka_lora.config import AdapterConfig
 from matryoshka_lora.reporting.curves import Cell, Curve
 from matryoshka_lora.reporting.dedicated import (
     Comparison,
@@ -35,6 +36,8 @@ ROWS = (
     Headline("nested_matryoshka", "trained", "nested MatryoshkaLoRA"),
 )
 """Beside them stand the dedicated LoRAs and the untrained model."""
+NEAR = 1.15
+"""Of the figure's second panel: the largest loss over that of the dedicated LoRAs."""
 
 
 def write_answer(found: Sequence[Comparisons], stem: Path, figure: Path) -> list[Path]:
@@ -101,11 +104,18 @@ def _grid(one: Comparisons, rows: dict[Headline, Comparison]) -> Grid:
 
 
 def _label(one: Comparisons, headline: Headline, curve: Curve) -> str:
-    """The headline, and in what its training differs from others of the table, or the LoRAs."""
-    _, differs, settings = curve.method.partition(" (")
-    alike = {lora.scaling for lora in one.dedicated.values()} == {curve.scaling}
-    scaling = "" if alike else f", scaling {curve.scaling}"
-    return f"{headline.label}{differs}{settings}{scaling}"
+    """The headline, and which settings of the adapter differ from the defaults, or the LoRAs."""
+    settings = curve.method.partition(" (")[2].removesuffix(")").split(", ")
+    told = [text for text in settings if text and not _is_default(text)]
+    if {lora.scaling for lora in one.dedicated.values()} != {curve.scaling}:
+        told.append(f"scaling {curve.scaling}")
+    return ", ".join([headline.label, *told])
+
+
+def _is_default(setting: str) -> bool:
+    """Whether a text such as `init=lora` says what the adapter has anyway."""
+    key, _, value = setting.partition("=")
+    return str(getattr(AdapterConfig(), key, None)) == value
 
 
 def _loss(one: Comparisons, curve: Curve, rank: int) -> str:
@@ -123,23 +133,27 @@ def _base(one: Comparisons) -> Curve | None:
 
 
 def _figure(one: Comparisons, rows: dict[Headline, Comparison]) -> Figure:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    ax = figure.add_subplot()
-    if base := _base(one):
-        ax.axhline(base.cells[0].mean, color="#444444", linestyle="--", label="untrained model")
-    for headline, compared in rows.items():
-        colour, marker = method_style(headline.method) or ("#999999", "o")
-        cells = [compared.curve.cells[rank] for rank in one.dedicated]
-        _line(ax, one, cells, _label(one, headline, compared.curve), colour, marker)
-    cells = [curve.cells[rank] for rank, curve in one.dedicated.items()]
-    _line(ax, one, cells, "a LoRA for each rank alone", "#000000", "s")
-    rank_axis(ax, [*one.dedicated])
+    """All of it, and beside it what is near the dedicated LoRAs."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    everything, near = figure.subplots(1, 2)
+    for ax in (everything, near):
+        if base := _base(one):
+            ax.axhline(base.cells[0].mean, color="#444444", linestyle="--", label="untrained model")
+        for headline, compared in rows.items():
+            colour, marker = method_style(headline.method) or ("#999999", "o")
+            cells = [compared.curve.cells[rank] for rank in one.dedicated]
+            _line(ax, one, cells, _label(one, headline, compared.curve), colour, marker)
+        cells = [curve.cells[rank] for rank, curve in one.dedicated.items()]
+        _line(ax, one, cells, "a LoRA for each rank alone", "#000000", "s")
+        rank_axis(ax, [*one.dedicated])
     metric = one.table.metric
-    ax.set_ylabel(f"loss on {metric.task} ({metric.unit})")
-    ax.set_title(
-        ", ".join(f"{name} {value}" for name, value in one.table.shared.items()), loc="left"
-    )
-    ax.legend(frameon=False)
+    everything.set_ylabel(f"loss on {metric.task} ({metric.unit})")
+    everything.legend(facecolor="white", edgecolor="none", framealpha=1.0)
+    means = [curve.cells[rank].mean for rank, curve in one.dedicated.items()]
+    near.set_ylim(min(means) * 0.95, max(means) * NEAR)
+    near.set_title(f"the same, up to {NEAR - 1:.0%} above the LoRAs", loc="left")
+    shared = ", ".join(f"{name} {value}" for name, value in one.table.shared.items())
+    everything.set_title(shared.replace(", dataset", "\ndataset"), loc="left")
     return figure
 
 
