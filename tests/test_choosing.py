@@ -221,6 +221,12 @@ def test_export_reads_each_rank_by_the_rule_that_its_record_shows_best(trained, 
         logits(loaded.model)
 
 
+def test_of_rules_that_score_alike_the_one_of_training_is_taken(trained, tmp_path):
+    alike = {(2, "prefix"): first(0), (2, "trained"): first(0), (2, "svd"): first(0)}
+    record = read_record(with_scores(trained, tmp_path / "run", alike) / "record.json")
+    assert rule_for(record, read_run(trained).spec, 2) == "trained"
+
+
 @pytest.mark.parametrize(("asked", "worse"), [("prefix", True), ("trained", False), ("svd", False)])
 def test_a_significantly_worse_rule_is_taken_with_a_warning(
     trained, tmp_path, caplog, asked, worse

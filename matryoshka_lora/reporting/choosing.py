@@ -301,9 +301,10 @@ def _check_scored(record: Record, found: Measured) -> None:
 def rule_for(record: Record, spec: AdapterSpec, rank: int, asked: str | None = None) -> str:
     """The rule to read a run's adapter by at a rank: `asked`, or the one its record shows best.
 
-    Best by the main metric; of equal ones the first. Where the record has no scores at the rank it
-    is `default_rule`. A log line says which and why; a warning says where the asked rule is
-    significantly worse (the 95 % interval of the paired difference is without 0).
+    Best by the main metric. Where the record has no scores at the rank it is `default_rule`, which
+    also goes before its equals: a weak adapter may have accuracy 0 by every rule. A log line says
+    which and why; a warning says where the asked rule is significantly worse (the 95 % interval of
+    the paired difference is without 0).
     Raises UserError for a rank outside 1..R and a rule that is unknown or refused.
     """
     rules = rules_at(spec, rank)
@@ -320,6 +321,7 @@ def rule_for(record: Record, spec: AdapterSpec, rank: int, asked: str | None = N
         if asked is None:
             logger.info("rule=%s: the record holds no scores at rank %d", rule, rank)
         return rule
+    here.sort(key=lambda point: point.rule != default_rule(spec, rank))
     metric, found = everything.metric, dataclasses.replace(everything, points=tuple(here))
     best = found.best
     if asked is None:
