@@ -22,7 +22,7 @@ from matryoshka_lora.evaluation.rows import Row, encode_scores
 from matryoshka_lora.loading import read_run
 from matryoshka_lora.models import EMBEDDED
 from matryoshka_lora.pipeline import run
-from matryoshka_lora.reporting.choosing import rule_for
+from matryoshka_lora.reporting.choosing import measured, rule_for
 from matryoshka_lora.runs.record import read_record, write_record
 
 
@@ -219,6 +219,18 @@ def test_export_reads_each_rank_by_the_rule_that_its_record_shows_best(trained, 
             assert torch.equal(found, logits(loaded.model))
     with loaded.at_rank(0), at_rank(loaded.model, 0):
         logits(loaded.model)
+
+
+def test_a_task_that_was_added_later_does_not_decide(trained, tmp_path):
+    record = read_record(
+        with_scores(trained, tmp_path / "run", {(2, "svd"): first(9)}) / "record.json"
+    )
+    config = record.config | {"eval": record.config["eval"] | {"tasks": ["made_up:0"]}}
+    added = Row("added", 0, None, None, 2, "trained", "acc", 0.5, None, 20)
+    scored = dataclasses.replace(added, scores=encode_scores(first(10, 20)))
+    record = dataclasses.replace(record, config=config, rows=[scored, *record.rows])
+    assert measured(record).metric.task == "made_up"
+    assert rule_for(record, read_run(trained).spec, 2) == "svd"
 
 
 def test_of_rules_that_score_alike_the_one_of_training_is_taken(trained, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from matryoshka_lora.config import parse_task
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import RankRule, default_rule, rules_at
 from matryoshka_lora.core.spec import AdapterSpec
@@ -155,10 +156,14 @@ def difference_text(metric: Metric, difference: Estimate) -> str:
 def measured(record: Record, metric: str | None = None) -> Measured | None:
     """The readings by the first metric of the run's tables whose label contains `metric`.
 
-    One that has scores of documents goes before one that has none. None: its main metric, or
-    nothing where the record holds no scores at all. Raises UserError where no label contains it.
+    One that has scores of documents goes before one that has none, and the run's own tasks before
+    those that scripts/evaluate.py has added. None: its main metric, or nothing where the record
+    holds no scores at all. Raises UserError where no label contains it.
     """
-    tables = run_tables(record)
+    own = {parse_task(text) for text in record.config["eval"]["tasks"]}
+    tables = sorted(
+        run_tables(record), key=lambda table: (table.metric.task, table.metric.shots) not in own
+    )
     found = [_measured(table) for table in tables if (metric or "") in table.metric.label]
     if not found and metric is not None:
         labels = "; ".join(table.metric.label for table in tables) or "nothing"
