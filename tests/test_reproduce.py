@@ -232,9 +232,9 @@ def test_several_learning_rates_are_searched_on_held_out_records(local, tmp_path
     fails["trainer.lr=0.001"] = "FloatingPointError: loss is nan at step 3"
     assert main(arguments) == 0, "a training that diverges has lost, and no more"
     settings = [dict(text.split("=", 1) for text in overrides) for overrides in ran]
-    search, final = settings[:6], settings[6:]
+    search, final = settings[:8], settings[8:]
     assert {s["seed"] for s in search} == {"42"} and len(final) == 4
-    assert {s["trainer.lr"] for s in search} == {"0.0001", "0.0003", "0.001"}
+    assert {s["trainer.lr"] for s in search} == {"0.0001", "0.0003", "0.001", "0.003"}
     for s in search:
         assert s["dataset.validation"] == "0.05" and s["eval.tasks"] == "[]"
         # recipe=paper reads by `prefix` alone, so that decides.
@@ -243,7 +243,7 @@ def test_several_learning_rates_are_searched_on_held_out_records(local, tmp_path
     assert {s["trainer.lr"] for s in final} == {"0.0003"}
     assert not any("dataset.validation" in s for s in final)
     # Those that diverged are published, too.
-    for table, number in (("table2-llama3_1b", 4), ("table2-llama3_1b-search", 6)):
+    for table, number in (("table2-llama3_1b", 4), ("table2-llama3_1b-search", 8)):
         assert len(find_records(tmp_path / "records" / table, "*.json")) == number
         assert (tmp_path / "tables" / f"{table}.md").is_file()
     ran.clear()
@@ -259,7 +259,7 @@ def test_a_search_that_is_not_complete_chooses_nothing(local, tmp_path, trained,
     shown = capsys.readouterr().err
     assert "lora R=4 none: no learning rate could be chosen" in shown
     assert "no space left" in shown
-    assert len(ran) == 7
+    assert len(ran) == 9
     table = (tmp_path / "tables" / "table2-llama3_1b.md").read_text()
     assert "missing: LoRA" in table and "DyLoRA" in table
     rules = {text for overrides in ran for text in overrides if text.startswith("eval.rules")}
@@ -271,8 +271,8 @@ def test_the_grids_of_the_paper(local, tmp_path, capsys, trained):
     assert len(reproduce_options.PAPER_LRS) == 23 and 7e-4 not in reproduce_options.PAPER_LRS
     assert sorted(reproduce_options.PAPER_LRS) == reproduce_options.PAPER_LRS
     assert main(["table2", "model=llama3_8b", "dry=1", *common]) == 0
-    # 4 methods x 2 ranks x 3 scalings, 3 learning rates and 3 seeds.
-    assert "144 runs, 0 finished" in capsys.readouterr().out
+    # 4 methods x 2 ranks x 3 scalings, 4 learning rates and 3 seeds.
+    assert "168 runs, 0 finished" in capsys.readouterr().out
     small = ["seeds=42", "methods=lora", "ranks=32", "scalings=none", "dry=1"]
     assert main(["table2", "model=llama3_8b", "lrs=paper", *small, *common]) == 0
     assert "24 runs" in capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_without_a_hub_a_dry_plan_is_still_shown(tmp_path, capsys, monkeypatch):
     arguments = ["table3", f"output_dir={tmp_path}"]
     assert main([*arguments, "dry=1"]) == 0
     shown = capsys.readouterr().out
-    assert "288 runs" in shown and "unknown, because the hub cannot be reached" in shown
+    assert "336 runs" in shown and "unknown, because the hub cannot be reached" in shown
     assert "table3-llama3_1b:" in shown and "table3-llama3_8b:" in shown
     assert len(asked) == 1 and asked[0].dataset.name == "platypus"
     with pytest.raises(ValueError, match="the hub cannot be reached"):
