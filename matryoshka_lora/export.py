@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from matryoshka_lora import methods
 from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import factors_of
 from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
@@ -455,6 +456,10 @@ def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str, **mor
 def _write_card(folder: Path, run: TrainedRun, rank: int, rule: str) -> None:
     """README.md: what the export is, its scores, and how it is loaded."""
     config, base, peft = run.config, run.record.model["name"], (folder / PEFT_CONFIG).is_file()
+    method = methods.get(config.method.name)
+    name, trainer = config.method.name, config.method.name
+    if not method.trained:
+        name, trainer = method.label, "other code"
     load = """\
 from transformers import AutoModelForCausalLM
 
@@ -473,11 +478,11 @@ model = PeftModel.from_pretrained(base, "this folder")"""
         "tags: [lora, matryoshka-lora]",
         "---",
         "",
-        f"# {base}, {config.method.name} at rank {rank}",
+        f"# {base}, {name} at rank {rank}",
         "",
         f"{'A LoRA for' if peft else 'With a LoRA merged into it:'} {base}, read at rank {rank} by "
-        f"the rule `{rule}` from an adapter of rank {run.spec.rank} that {config.method.name} "
-        f"trained on {config.dataset.name}.",
+        f"the rule `{rule}` from an adapter of rank {run.spec.rank} that {trainer} trained on "
+        f"{config.dataset.name}{'' if method.trained else ' data'}.",
     ]
     if trained_rank(run, rank, rule) is False:
         lines.append(f"Rank {rank} is not one of the trained sub-ranks {config.train_ranks}.")
