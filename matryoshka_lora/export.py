@@ -486,6 +486,15 @@ model = PeftModel.from_pretrained(base, "this folder")"""
     ]
     if trained_rank(run, rank, rule) is False:
         lines.append(f"Rank {rank} is not one of the trained sub-ranks {config.train_ranks}.")
+    if (kind := config.model.quantization) is not None:
+        lines.append(
+            f"Training and scores are on the base in {kind}, dequantised for each product."
+        )
+        lines.append(
+            "The code below loads the base in whole precision, on which scores may differ."
+            if peft
+            else "These weights are the dequantised ones with the update."
+        )
     lines.append("")
     if scores := scores_at(run.record, rank, rule):
         lines += ["| measured | unit | documents | base model | this |", "|---|---|---|---|---|"]
