@@ -27,11 +27,10 @@ from transformers import PreTrainedModel
 from matryoshka_lora import methods
 from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import factors_of
-from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
-from matryoshka_lora.core.errors import UserError, nearest
+from matryoshka_lora.core.diagonals import prefix_diagonal, sub_rank_scale
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import naming
-from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
-from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.rules import depends_on_trained_ranks, read, rules_at
 from matryoshka_lora.core.storage import AdapterFile, read_adapter
 from matryoshka_lora.loading import TrainedRun, check_base, device_of, read_factors
 from matryoshka_lora.models import (
@@ -117,24 +116,11 @@ def _sub_rank_of(file: AdapterFile, rank: int, rule: str, source: Path) -> SubRa
     return SubRank(multiplied, "none", uniform)
 
 
-def _check_asked(spec: AdapterSpec, rank: int, rule: str | None) -> None:
-    """Raise UserError for an unknown rule, and a rank that the adapter does not have."""
-    if rule is not None and rule not in RULES:
-        raise UserError(
-            f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
-        )
-    try:
-        check_rank(rank, spec.rank)
-    except UserError as error:
-        raise UserError(f"{error}; allowed: 1 to {spec.rank}") from None
-
-
 def rule_of(run: TrainedRun, rank: int, asked: str | None) -> str:
     """The rule to export a rank by, see `reporting.choosing.rule_for`, with what to know of it.
 
     Raises UserError for an unknown rank or rule, or one that the adapter cannot be read by.
     """
-    _check_asked(run.spec, rank, asked)
     rule = rule_for(run.record, run.spec, rank, asked)
     if trained_rank(run, rank, rule) is False:
         logger.warning(
@@ -214,7 +200,7 @@ def export_adapter(adapter: str | Path, rank: int, rule: str, out: str | Path, b
     """
     _check_new(Path(out))
     file = read_adapter(Path(adapter))
-    _check_asked(file.spec, rank, rule)
+    rules_at(file.spec, rank, [rule])
     sub = _sub_rank_of(file, rank, rule, Path(adapter))
     model = ModelConfig(path=base) if Path(base).is_dir() else ModelConfig(name=base)
     with _peft_folder(Path(out), sub, rank, base, _shape_of_base(model)):

@@ -90,7 +90,10 @@ def measure(shape: str, count: int, options: Options, cards: Cards) -> str | Non
 
 
 def main(options: Options) -> int:
-    """1 where a measurement failed, else 0. Raises UserError for cards that are not there, or no shape."""
+    """1 where a measurement failed, else 0.
+
+    Raises UserError for cards that are not there, or no shape.
+    """
     ids = visible_gpus()
     read_entries(Path(options.output), "training")
     if min(options.gpus, default=0) < 1 or (ids and max(options.gpus) > len(ids)):
