@@ -473,9 +473,7 @@ model = PeftModel.from_pretrained(base, "this folder")"""
     if trained_rank(run, rank, rule) is False:
         lines.append(f"Rank {rank} is not one of the trained sub-ranks {config.train_ranks}.")
     if (kind := config.model.quantization) is not None:
-        lines.append(
-            f"Training and scores are on the base in {kind}, dequantised for each product."
-        )
+        lines.append(f"The run read its base in {kind}, and its scores are on that base.")
         lines.append(
             "The code below loads the base in whole precision, on which scores may differ."
             if peft

@@ -212,7 +212,7 @@ def test_a_run_on_a_quantised_base(tmp_path):
     export_peft(read_run(path.parent), 2, "trained", tmp_path / "peft")
     for name, says in (("bfloat16", "the dequantised ones with"), ("peft", "in whole precision")):
         card = (tmp_path / name / "README.md").read_text()
-        assert f"on the base in {kind}," in card and says in card
+        assert f"its base in {kind}," in card and says in card
     exact, rounded = (
         load_file(tmp_path / d / "model.safetensors") for d in ("float32", "bfloat16")
     )
