@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from matryoshka_lora import methods
 from matryoshka_lora.config import Config, ModelConfig
 from matryoshka_lora.core.adapter import factors_of
-from matryoshka_lora.core.diagonals import check_rank, prefix_diagonal, sub_rank_scale
-from matryoshka_lora.core.errors import UserError, nearest
+from matryoshka_lora.core.diagonals import prefix_diagonal, sub_rank_scale
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import naming
-from matryoshka_lora.core.rules import RULES, depends_on_trained_ranks, read
-from matryoshka_lora.core.spec import AdapterSpec
+from matryoshka_lora.core.rules import depends_on_trained_ranks, read, rules_at
 from matryoshka_lora.core.storage import AdapterFile, read_adapter
 from matryoshka_lora.loading import TrainedRun, check_base, device_of, read_factors
 from matryoshka_lora.models import (
@@ -116,24 +116,11 @@ def _sub_rank_of(file: AdapterFile, rank: int, rule: str, source: Path) -> SubRa
     return SubRank(multiplied, "none", uniform)
 
 
-def _check_asked(spec: AdapterSpec, rank: int, rule: str | None) -> None:
-    """Raise UserError for an unknown rule, and a rank that the adapter does not have."""
-    if rule is not None and rule not in RULES:
-        raise UserError(
-            f"rule={rule} is unknown; allowed: {', '.join(RULES)}{nearest(rule, RULES)}"
-        )
-    try:
-        check_rank(rank, spec.rank)
-    except UserError as error:
-        raise UserError(f"{error}; allowed: 1 to {spec.rank}") from None
-
-
 def rule_of(run: TrainedRun, rank: int, asked: str | None) -> str:
     """The rule to export a rank by, see `reporting.choosing.rule_for`, with what to know of it.
 
     Raises UserError for an unknown rank or rule, or one that the adapter cannot be read by.
     """
-    _check_asked(run.spec, rank, asked)
     rule = rule_for(run.record, run.spec, rank, asked)
     if trained_rank(run, rank, rule) is False:
         logger.warning(
@@ -213,7 +200,7 @@ def export_adapter(adapter: str | Path, rank: int, rule: str, out: str | Path, b
     """
     _check_new(Path(out))
     file = read_adapter(Path(adapter))
-    _check_asked(file.spec, rank, rule)
+    rules_at(file.spec, rank, [rule])
     sub = _sub_rank_of(file, rank, rule, Path(adapter))
     model = ModelConfig(path=base) if Path(base).is_dir() else ModelConfig(name=base)
     with _peft_folder(Path(out), sub, rank, base, _shape_of_base(model)):
@@ -455,6 +442,10 @@ def _write_provenance(folder: Path, run: TrainedRun, rank: int, rule: str, **mor
 def _write_card(folder: Path, run: TrainedRun, rank: int, rule: str) -> None:
     """README.md: what the export is, its scores, and how it is loaded."""
     config, base, peft = run.config, run.record.model["name"], (folder / PEFT_CONFIG).is_file()
+    method = methods.get(config.method.name)
+    name, trainer = config.method.name, config.method.name
+    if not method.trained:
+        name, trainer = method.label, "other code"
     load = """\
 from transformers import AutoModelForCausalLM
 
@@ -473,14 +464,21 @@ model = PeftModel.from_pretrained(base, "this folder")"""
         "tags: [lora, matryoshka-lora]",
         "---",
         "",
-        f"# {base}, {config.method.name} at rank {rank}",
+        f"# {base}, {name} at rank {rank}",
         "",
         f"{'A LoRA for' if peft else 'With a LoRA merged into it:'} {base}, read at rank {rank} by "
-        f"the rule `{rule}` from an adapter of rank {run.spec.rank} that {config.method.name} "
-        f"trained on {config.dataset.name}.",
+        f"the rule `{rule}` from an adapter of rank {run.spec.rank} that {trainer} trained on "
+        f"{config.dataset.name}{'' if method.trained else ' data'}.",
     ]
     if trained_rank(run, rank, rule) is False:
         lines.append(f"Rank {rank} is not one of the trained sub-ranks {config.train_ranks}.")
+    if (kind := config.model.quantization) is not None:
+        lines.append(f"The run read its base in {kind}, and its scores are on that base.")
+        lines.append(
+            "The code below loads the base in whole precision, on which scores may differ."
+            if peft
+            else "These weights are the dequantised ones with the update."
+        )
     lines.append("")
     if scores := scores_at(run.record, rank, rule):
         lines += ["| measured | unit | documents | base model | this |", "|---|---|---|---|---|"]

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +204,23 @@ def _check_plain(path: Path, content: Mapping[str, Any]) -> None:
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        for value in (content.get(key, 8), *(content.get(pattern) or {}).values()):
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+        of_layers = content.get(pattern) or {}
+        if not isinstance(of_layers, dict) or not all(map(_is_expression, of_layers)):
+            raise UserError(
+                f"{path}: {pattern}={of_layers!r} is no object of names of layers, or of regular "
+                "expressions for them"
+            )
+        for value in (content.get(key, 8), *of_layers.values()):
+            if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
                 raise UserError(f"{path}: {key}={value!r} is not a positive number")
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _factors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ the base model is the one it was trained on.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,19 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerBase
     spec: AdapterSpec
     record: Record
+    _rules: dict[tuple[int, str | None], str] = field(default_factory=dict, init=False, repr=False)
+    """What `at_rank` found by the record, which takes as long as several forwards."""
 
     @contextmanager
     def at_rank(self, rank: int, rule: str | None = None) -> Iterator[None]:
         """`core.adapter.at_rank` of the model, by the rule that the record shows best there.
 
-        A given rule is taken, with a warning where it is significantly worse.
+        A given rule is taken, with a warning, once, where it is significantly worse.
         """
-        if rank > 0:
-            rule = rule_for(self.record, self.spec, rank, rule)
-        with at_rank(self.model, rank, rule or BASE):
+        key = rank, rule
+        if rank != 0 and key not in self._rules:
+            self._rules[key] = rule_for(self.record, self.spec, rank, rule)
+        with at_rank(self.model, rank, self._rules.get(key) or rule or BASE):
             yield
 
 

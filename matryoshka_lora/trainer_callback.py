@@ -36,7 +36,7 @@ from matryoshka_lora.core.files import write_atomically
 from matryoshka_lora.core.layer import AdapterLinear
 from matryoshka_lora.core.storage import read_adapter, save_adapter
 from matryoshka_lora.methods import Hooks, Method
-from matryoshka_lora.training.gradients import clip, gradients_of, rank_square_norms
+from matryoshka_lora.training.gradients import add_penalty, clip, gradients_of, rank_square_norms
 
 ADAPTER_FILE = "adapter.safetensors"
 """In each checkpoint of the Trainer, for `load_adapter`."""
@@ -124,10 +124,9 @@ class MethodCallback(TrainerCallback):
         assert self._choice is not None
         hooks = self.method.hooks
         gradients_of(self._parameters)  # zeros where there are none, as hooks and clipping need it
-        if (penalty := hooks.penalty()) is not None:
-            penalty.backward()
+        add_penalty(hooks)
         hooks.after_backward(state.global_step, self._choice)
-        if (largest := vars(args).get(HELD, 0)) > 0:
+        if (largest := vars(args).get(HELD) or 0) > 0:  # None and 0: no clipping
             clip(self._parameters, rank_square_norms(self._parameters).sum().sqrt(), largest)
 
     def on_optimizer_step(

@@ -90,11 +90,16 @@ def measure(shape: str, count: int, options: Options, cards: Cards) -> str | Non
 
 
 def main(options: Options) -> int:
-    """1 where a measurement failed, else 0. Raises UserError for cards that are not there."""
+    """1 where a measurement failed, else 0.
+
+    Raises UserError for cards that are not there, or no shape.
+    """
     ids = visible_gpus()
     read_entries(Path(options.output), "training")
     if min(options.gpus, default=0) < 1 or (ids and max(options.gpus) > len(ids)):
         raise UserError(f"gpus={options.gpus} must be numbers from 1 to {len(ids) or 'any'}")
+    if not options.shapes:
+        raise UserError(f"shapes=[] must name at least one of {', '.join(SHAPES)}")
     cards = Cards(ids or [""] * max(options.gpus))
     with ThreadPoolExecutor(len(options.gpus) * len(options.shapes)) as pool:
         asked = [

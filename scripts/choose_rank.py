@@ -51,9 +51,8 @@ class Options:
 def main(options: Options) -> None:
     """Raises what reading the run and choosing raise."""
     run = read_run(options.run)
-    file, budget = read_own(run), options.budget_params
-    if options.budget_mb is not None:
-        budget = int(options.budget_mb * 1e6 / BYTES)
+    file, megabytes = read_own(run), options.budget_mb
+    budget = options.budget_params if megabytes is None else megabytes * 1e6 / BYTES
     found = measured(run.record, options.metric)
     choice = choose(
         run.record,

@@ -85,12 +85,15 @@ class Talker:
     def switch(self, ranks: Sequence[int], asked: str | None) -> None:
         """From now on answer at these ranks, by this rule; an error leaves all as it was.
 
-        asked: None is the rule that the record shows best at the lowest of the ranks. Raises
-        UserError for a rank outside 0..R, and a rule that is unknown or refused.
+        asked: None is the rule that the record shows best at the lowest of the ranks; a warning
+        says at which others it is significantly worse. Raises UserError for a rank outside 0..R,
+        and a rule that is unknown or refused.
         """
         view = adapter_view(self.model)
-        lowest = min((rank for rank in ranks if rank), default=self.run.spec.rank)
+        lowest, *others = sorted({rank for rank in ranks if rank}) or [self.run.spec.rank]
         rule = rule_for(self.run.record, self.run.spec, lowest, asked)
+        for rank in others:
+            rule_for(self.run.record, self.run.spec, rank, rule)
         self.readings = [read(view, rank, rule) for rank in ranks]
         self.ranks, self.rule, self.asked = list(ranks), rule, asked
         # Of the base nothing is read, in whichever factors.
@@ -270,7 +273,7 @@ def chat(talker: Talker, limit: int, template: bool | None) -> None:
             elif command == "/base":
                 talker.switch([0], talker.asked)
             elif command == "/rank":
-                if not value.strip().isdigit():
+                if not value.strip().isdecimal():
                     raise UserError("/rank takes a rank, such as /rank 8")
                 talker.switch([int(value)], talker.asked)
             elif command == "/rule":

@@ -11,11 +11,13 @@ from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
 from matryoshka_lora.core.adapter import add_adapters
+from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.runs.provenance import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark_scaling as scaling  # noqa: E402
 import benchmark_training as script  # noqa: E402
 
 
@@ -143,3 +145,36 @@ def test_what_is_no_record_is_left_alone(content, tmp_path):
     with pytest.raises(ValueError, match=r"training\.json is not a record .* move it away"):
         main(["shape=tiny", f"output={tmp_path}"])
     assert (tmp_path / "training.json").read_text() == content
+
+
+def test_the_efficiency_of_n_cards_is_a_share_of_n_times_one(tmp_path):
+    """Of the same card, shape and system; a measurement that failed says why."""
+    where = {"git": None, "versions": {"torch": "2"}}
+
+    def entry(card, **systems):
+        return {"device": {"name": card}, "systems": systems} | where
+
+    fast = {"tokens_per_second": 1900.0, "peak_gib": 3.0, "steps": 60}
+    entries = {
+        "big-r32 on A": entry("A", ours={"tokens_per_second": 1000.0}),
+        "big-r32-x2 on A": entry("A", ours=fast, other={"error": "no memory. More"}),
+        "big-r32-x2 on B": entry("B", ours=fast),
+    }
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in scaling.write_scaling(tmp_path, entries).splitlines()[2:]
+    ]
+    assert [line[:4] for line in lines] == [
+        ["big-r32", "1", "1,000", "1.000"],
+        ["big-r32", "2", "1,900", "0.950"],
+        ["big-r32", "2", "no memory", ""],
+        ["big-r32", "2", "1,900", ""],
+    ]
+
+
+@pytest.mark.parametrize("asked", [{"gpus": []}, {"gpus": [0]}, {"gpus": [99]}, {"shapes": []}])
+def test_scaling_refuses_what_is_not_there(tmp_path, monkeypatch, asked):
+    monkeypatch.setattr(scaling, "visible_gpus", lambda: ["0", "1"])
+    options = scaling.Options(**{"gpus": [1], "output": str(tmp_path)} | asked)
+    with pytest.raises(UserError, match=next(iter(asked))):
+        scaling.main(options)

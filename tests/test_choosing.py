@@ -148,6 +148,30 @@ def test_a_wide_interval_does_not_let_a_smaller_rank_pass(trained, tmp_path, cap
         assert chosen(capsys)[0] == (4 if name == "other" else 2, "svd")
 
 
+@pytest.mark.parametrize(
+    ("documents", "base", "arguments", "messages"),
+    [
+        (30, 0.1, [], ["30 documents, .* 11.6 points apart, more than the tolerance of 1;"]),
+        (30, 0.1, ["tolerance=12"], []),
+        (30, 0.1, ["budget_mb=inf"], []),
+        (400, 0.1, [], []),
+        (400, 0.5, [], ["no reading is better than the model without the adapter: 50.0 against"]),
+    ],
+)
+def test_what_the_record_does_not_show_is_said(
+    trained, tmp_path, caplog, documents, base, arguments, messages
+):
+    own = first(documents // 2, documents)
+    scores = {(1, "svd"): own, (2, "svd"): own, (4, "svd"): own}
+    folder = with_scores(trained, tmp_path / "run", scores)
+    record = read_record(folder / "record.json")
+    row = Row("made_up", 0, None, None, 0, "base", "exact_match", base, None, documents)
+    write_record(folder / "record.json", dataclasses.replace(record, rows=[row, *record.rows]))
+    command("choose_rank", f"run={folder}", *arguments)
+    assert caplog.text.count("WARNING") == len(messages)
+    assert all(re.search(message, caplog.text) for message in messages)
+
+
 @pytest.mark.parametrize(("tolerance", "rank"), [(1, 4), (3, 2)])
 def test_the_tolerance_of_a_loss_is_percent(trained, tmp_path, capsys, tolerance, rank):
     losses = np.linspace(1, 3, 50)
@@ -219,6 +243,13 @@ def test_export_reads_each_rank_by_the_rule_that_its_record_shows_best(trained, 
             assert torch.equal(found, logits(loaded.model))
     with loaded.at_rank(0), at_rank(loaded.model, 0):
         logits(loaded.model)
+    caplog.clear()
+    with loaded.at_rank(2):  # known from before
+        logits(loaded.model)
+    assert not caplog.text
+    for rank, message in ((-1, "rank -1 is not"), (5, "rank 5 is above")):
+        with pytest.raises(UserError, match=message), loaded.at_rank(rank):
+            pass
 
 
 def test_a_task_that_was_added_later_does_not_decide(trained, tmp_path):

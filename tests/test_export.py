@@ -178,7 +178,7 @@ def test_an_adapter_without_a_run_is_exported_alike(
     shutil.copy(base / "tokenizer_config.json", other)
     wrong = {
         "rank 7 .*; allowed: 1 to 6": {"rank": 7},
-        "rule=svdd is unknown": {"rule": "svdd"},
+        "rule 'svdd' is unknown.*did you mean svd": {"rule": "svdd"},
         "no adapter of this project": {"adapter": tmp_path / "file" / "adapter_model.safetensors"},
         "exists and is not an empty folder": {"out": tmp_path / "file"},
         "PEFT cannot carry this adapter on": {"base": str(other)},

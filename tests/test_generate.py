@@ -96,7 +96,18 @@ def test_a_chat_switches_rank_rule_and_base_live(run, monkeypatch, capsys):
         PROMPT,
         "/rank 99",
     ]
-    typed += ["/rank x", "/rule pre", "/what", "/rank 6", "/new", "", PROMPT, "/quit", "never"]
+    typed += [
+        "/rank x",
+        "/rank ²",
+        "/rule pre",
+        "/what",
+        "/rank 6",
+        "/new",
+        "",
+        PROMPT,
+        "/quit",
+        "never",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     generate(f"run={run}", "interactive=true")
     shown = capsys.readouterr().out
@@ -109,6 +120,18 @@ def test_a_chat_switches_rank_rule_and_base_live(run, monkeypatch, capsys):
     assert "parameters, " in shown and "tokens/s]" in shown
     for message in ("rank 99 is above", "/rank takes", "'pre' is unknown", "/what is unknown"):
         assert message in shown
+
+
+def test_a_rule_that_is_worse_at_other_ranks_is_told(run, monkeypatch):
+    loaded, asked = load_run(run), []
+
+    def best(record, spec, rank, rule=None):
+        asked.append((rank, rule))
+        return rule or "svd"
+
+    monkeypatch.setattr(script, "rule_for", best)
+    talker = script.Talker(loaded, [3, 0, 1, 6, 3], None)
+    assert talker.rule == "svd" and asked == [(1, None), (3, "svd"), (6, "svd")]
 
 
 def test_a_chat_template_is_used_where_there_is_one():

@@ -126,6 +126,9 @@ def test_it_is_swept_shown_and_exported_at_lower_ranks(tmp_path, capsys):
     # Exported at rank 2 it is the best approximation of rank 2, as PEFT reads it.
     trained = read_run(folder)
     export_peft(trained, 2, "svd", tmp_path / "rank2")
+    card = (tmp_path / "rank2" / "README.md").read_text()
+    assert "# tiny, imported LoRA at rank 2\n" in card
+    assert "from an adapter of rank 4 that other code trained on unknown data." in card
     loaded = load_run(folder)
     with at_rank(loaded.model, 2, "svd"):
         expected = logits(loaded.model)
@@ -164,6 +167,9 @@ MISTAKES = {
         "was trained on other/base-7b, not on tiny",
     ),
     "alpha": (lambda f: rewrite(f, lora_alpha=0), "lora_alpha=0 is not a positive number"),
+    "pattern": (lambda f: rewrite(f, alpha_pattern=["q"]), "alpha_pattern=.* is no object of"),
+    "regex": (lambda f: rewrite(f, rank_pattern={"(": 2}), "rank_pattern=.* is no object of"),
+    "huge": (lambda f: rewrite(f, lora_alpha=10**400), "lora_alpha=10+ is not a positive"),
     "rank": (lambda f: rewrite(f, r=5), "not those of a linear layer at the rank 5"),
     "missing": (lambda f: break_tensors(f, lambda t: t.pop(FIRST)), "lacks one of the two"),
     "nan": (lambda f: break_tensors(f, lambda t: t[FIRST].fill_(float("nan"))), "not finite"),

@@ -22,7 +22,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.evaluation.readings import plan_points
-from matryoshka_lora.export import export_merged
+from matryoshka_lora.export import export_merged, export_peft
 from matryoshka_lora.loading import build_model, load_run, read_run
 from matryoshka_lora.memory import estimate
 from matryoshka_lora.models import EMBEDDED, decoder_layers, load_model
@@ -209,6 +209,10 @@ def test_a_run_on_a_quantised_base(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     facts = json.loads((tmp_path / "bfloat16" / "provenance.json").read_text())
     assert facts["quantization"] == kind
+    export_peft(read_run(path.parent), 2, "trained", tmp_path / "peft")
+    for name, says in (("bfloat16", "the dequantised ones with"), ("peft", "in whole precision")):
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"its base in {kind}," in card and says in card
     exact, rounded = (
         load_file(tmp_path / d / "model.safetensors") for d in ("float32", "bfloat16")
     )

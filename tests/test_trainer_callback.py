@@ -130,6 +130,18 @@ def test_the_trainer_trains_as_the_loop_does(tmp_path, name, settings):
         assert torch.equal(layer.p, build_method(config).p_full)
 
 
+@pytest.mark.parametrize("largest", [None, 0.0])
+def test_without_a_largest_norm_nothing_is_clipped(tmp_path, largest):
+    """AdaLoRA's gradients are clipped by the callback, where at all."""
+    config, examples = method_config("adalora"), make_examples(SAMPLES)
+    config.trainer.max_steps, config.trainer.clip_norm = 2, 1e9
+    expected, _, _ = train(tmp_path / "loop", config, examples=examples)
+    model, trainer = trained_by_trainer(tmp_path, config, examples, max_grad_norm=largest)
+    start = make_model(config)
+    assert relative(factors(model) - factors(start), factors(expected) - factors(start)) < 1e-5
+    assert trainer.args.max_grad_norm == largest
+
+
 @pytest.mark.parametrize("name", ["nested_matryoshka", "adalora"])
 def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_for_bit(tmp_path, name):
     config, examples = method_config(name), make_examples(SAMPLES)

@@ -36,6 +36,7 @@ from matryoshka_lora.training.loop import fit
 from matryoshka_lora.training.plan import (
     batch_ids,
     check_effective_batch,
+    is_validated,
     share_of_tokens,
     split_into_forwards,
     total_steps,
@@ -699,6 +700,20 @@ def test_reading_held_out_records_on_the_way_changes_no_bit(tmp_path, method, op
     assert losses[10] == pytest.approx(total.item() / sum(e.labels for e in held_out), rel=1e-5)
     config.trainer.validate_every = None
     assert "validation" not in train(tmp_path / "never", config, validates=True)[2]
+
+
+def test_validation_comes_at_each_multiple_of_its_interval():
+    """Though 0.07 of 100 steps is more than 7 in floating point."""
+    settings = TrainerConfig(validate_every=0.07, effective_batch=1)
+    assert [done for done in range(1, 36) if is_validated(done, 100, settings)] == [
+        7,
+        14,
+        21,
+        28,
+        35,
+    ]
+    settings.validate_every = 0.25
+    assert [done for done in range(1, 8) if is_validated(done, 10, settings)] == [3, 5]
 
 
 def test_few_held_out_records_are_read_at_equal_distances():

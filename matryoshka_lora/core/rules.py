@@ -195,7 +195,10 @@ def rules_at(spec: AdapterSpec, rank: int, asked: Sequence[str] | None = None) -
 
     Raises UserError for a rank outside 1..R, and a rule that is unknown or refused.
     """
-    check_rank(rank, spec.rank)
+    try:
+        check_rank(rank, spec.rank)
+    except UserError as error:
+        raise UserError(f"{error}; allowed: 1 to {spec.rank}") from None
     refusals = {name: rule.refusal(spec, rank) for name, rule in RULES.items()}
     allowed = [name for name, reason in refusals.items() if reason is None]
     for name in asked or ():

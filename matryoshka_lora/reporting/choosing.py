@@ -259,15 +259,37 @@ def choose(
         enough = point is best or worst <= allowed + 1e-9
         candidates.append(Candidate(point, sizes[point.rank, point.rule], behind, enough))
     (winner,) = (each for each in candidates if each.point is best)
-    chosen = winner
+    chosen, sign = winner, 1 if found.metric.lower_is_better else -1
     if budget is None or tolerance is not None:
-        sign = 1 if found.metric.lower_is_better else -1
         chosen = min(
             (each for each in candidates if each.enough),
             key=lambda each: (each.point.rank, sign * each.point.score),
         )
     assert best.scores is not None
-    return Choice(found.metric, len(best.scores), found.base, tuple(candidates), winner, chosen)
+    documents = len(best.scores)
+    if budget is None or tolerance is not None:
+        _warn_of_few(documents, found.metric, allowed)
+    if found.base is not None and sign * (best.score - found.base) >= 0:
+        logger.warning(
+            "no reading is better than the model without the adapter: %s against %s by %s",
+            *(found.metric.text(best.score), found.metric.text(found.base), found.metric.label),
+        )
+    return Choice(found.metric, documents, found.base, tuple(candidates), winner, chosen)
+
+
+def _warn_of_few(documents: int, metric: Metric, allowed: float) -> None:
+    """Say where equal scores on all documents, whose interval is [0, 0], do not show enough.
+
+    Of answers that are right or wrong: that none of n differs has a probability of 2.5 % still
+    where 1 - 0.025^(1/n) of all answers do.
+    """
+    unseen = 100 * (1 - 0.025 ** (1 / documents))
+    if not metric.lower_is_better and unseen > allowed:
+        logger.warning(
+            "with %d documents, scores that are equal on all of them may still be %.1f points "
+            "apart, more than the tolerance of %g; a larger eval.limit tells more",
+            *(documents, unseen, allowed),
+        )
 
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
