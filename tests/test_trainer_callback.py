@@ -84,15 +84,19 @@ def arguments(folder, config, kind=TrainingArguments, **changed):
     return kind(output_dir=str(folder), **options | changed)
 
 
-def trained_by_trainer(folder, config, examples, **changed):
-    model = make_model(config)
-    trainer = Trainer(
+def make_trainer(model, folder, config, examples, **changed):
+    return Trainer(
         model,
         arguments(folder, config, **changed),
         train_dataset=ordered_rows(config, examples),
         data_collator=collate,
         callbacks=[MethodCallback(build_method(config))],
     )
+
+
+def trained_by_trainer(folder, config, examples, **changed):
+    model = make_model(config)
+    trainer = make_trainer(model, folder, config, examples, **changed)
     trainer.train()
     return model, trainer
 
@@ -155,13 +159,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_for_bit(tmp_path, 
     saved = read_adapter(checkpoint / "adapter.safetensors")
     assert saved.importance.keys() == adapter_importance(model).keys()
     again = make_model(config)
-    resumed = Trainer(
-        again,
-        arguments(tmp_path, config, **saving),
-        train_dataset=ordered_rows(config, examples),
-        data_collator=collate,
-        callbacks=[MethodCallback(build_method(config))],
-    )
+    resumed = make_trainer(again, tmp_path, config, examples, **saving)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(factors(again), factors(model))
     assert losses(resumed) == losses(trainer)
