@@ -14,6 +14,7 @@ rank of S to the next, before clipping, after a method's own changes of gradient
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from matryoshka_lora.runs.provenance import git_state
 SCHEMA = 1
 POINTS = 100
 """Of a curve over the steps: each is the mean of as many steps."""
+OWN_FIELDS = ("method.name", "adapter.rank", "adapter.train_ranks", "trainer.lr")
+"""Settings that are fields of Diagnostics (`blocks` are the trained ranks)."""
 _COLUMNS = 3
 _LINES = ("-", "--", ":", "-.")
 
@@ -51,11 +54,11 @@ class Options:
 class Diagnostics:
     """What was computed from one run.
 
-    git: {"sha", "dirty"} of the code that trained and of the code that computed this. settings: the
-    run's, of those that its method reads and that are not at their default. steps: the middle of
-    each window, counted from 1. gradient_norms: (windows, len(blocks)), the mean over a window of
-    the norm of a block, whose last row `blocks` gives. singular_values: (R,), s_i / s_1.
-    component_norms: (R,), |p_i| ||a_i|| ||b_i|| / s_1 in the order of training. Both are means over
+    git: {"sha", "dirty"} of the code that trained and of the code that computed this. settings:
+    those of method, adapter and training that change the adapter, are not at their default and have
+    no field of their own here. steps: the middle of each window, counted from 1. gradient_norms:
+    (windows, len(blocks)), the mean over a window of the norm of a block, whose last row `blocks`
+    gives. singular_values: (R,), s_i / s_1. component_norms: (R,), |p_i| ||a_i|| ||b_i|| / s_1 in the order of training. Both are means over
     the layers that have an update.
     """
 
@@ -101,14 +104,6 @@ def diagnose(run: TrainedRun) -> Diagnostics:
         raise UserError(f"{run.folder.adapter} is not the adapter of its {run.folder.record.name}")
     steps, norms = _gradient_norms(run)
     singular, component, layers = _norms_of(file)
-    plain = Config()
-    settings = {
-        key: value
-        for key, value in affecting(config, "adapter").items()
-        if key.startswith("method.")
-        and key != "method.name"
-        and value != getattr(plain.method, key.partition(".")[2])
-    }
     trained = [phase.get("git") for phase in record.phases if phase["phase"] != "evaluation"]
     return Diagnostics(
         schema=SCHEMA,
@@ -119,7 +114,7 @@ def diagnose(run: TrainedRun) -> Diagnostics:
         rank=config.adapter.rank,
         lr=config.trainer.rate,
         seed=config.seed,
-        settings=settings,
+        settings=settings_of(config),
         blocks=config.train_ranks,
         steps=steps,
         gradient_norms=norms,
@@ -127,6 +122,18 @@ def diagnose(run: TrainedRun) -> Diagnostics:
         singular_values=singular,
         component_norms=component,
     )
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a run that have no field of their own, see above."""
+    plain = Config()
+    return {
+        key: value
+        for key, value in affecting(config, "adapter").items()
+        if key.startswith(("method.", "adapter.", "trainer."))
+        and key not in OWN_FIELDS
+        and value != attrgetter(key)(plain)
+    }
 
 
 def _gradient_norms(run: TrainedRun) -> tuple[list[float], list[list[float]]]:
@@ -184,18 +191,21 @@ def _read(path: Path) -> Diagnostics:
 
 
 def _names(shown: Sequence[Diagnostics]) -> list[str]:
-    """The method and what tells runs of it apart."""
-    several = {
-        key: len({getattr(d, key) for d in shown if d.method == method}) > 1
-        for method in {d.method for d in shown}
-        for key in ("rank", "lr", "seed")
-        if len({getattr(d, key) for d in shown if d.method == method}) > 1
-    }
+    """The method and what tells its runs apart."""
     texts = {"rank": "R={}", "lr": "lr {:g}", "seed": "seed {}"}
     names = []
     for d in shown:
-        parts = [texts[key].format(getattr(d, key)) for key in texts if several.get(key)]
-        parts += [f"{k.partition('.')[2]}={_text(v)}" for k, v in d.settings.items()]
+        runs = [other for other in shown if other.method == d.method]
+        parts = [
+            text.format(getattr(d, key))
+            for key, text in texts.items()
+            if any(getattr(other, key) != getattr(d, key) for other in runs)
+        ]
+        parts += [
+            f"{key.partition('.')[2]}={_text(d.settings.get(key, 'default'))}"
+            for key in dict.fromkeys(key for other in runs for key in other.settings)
+            if any(other.settings.get(key) != d.settings.get(key) for other in runs)
+        ]
         names.append(", ".join([label(d.method), *parts]))
     return names
 

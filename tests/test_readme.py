@@ -31,7 +31,7 @@ def test_the_committed_tables_follow_from_the_committed_records(table, tmp_path)
 
 def test_the_readmes_table_is_the_committed_one():
     rows = [line for line in README.splitlines() if line.startswith("|") and "<br>" in line]
-    committed = (ROOT / "results/tables/smollm2-search-answer.md").read_text().splitlines()
+    committed = (ROOT / "results/tables/smollm2-answer.md").read_text().splitlines()
     assert len(rows) == 3 and set(rows) <= set(committed)
 
 

@@ -563,3 +563,20 @@ def test_the_script_without_records(tmp_path):
     (tmp_path / "empty").mkdir()
     done = report("empty", cwd=tmp_path)
     assert done.returncode == 1 and "no records below empty" in done.stderr
+
+
+def test_a_run_lacks_only_the_tasks_that_it_was_asked_for():
+    """One seed is evaluated on a second task; of two runs that were asked for it one lacks it."""
+    both, one = ["toy:0", "more:0"], ["toy:0"]
+    more = curve([0.1, 0.2, 0.4], task="more")
+    grid = [
+        record([*curve([0.1, 0.2, 0.4]), *more], eval__tasks=both),
+        record(curve([0.3, 0.4, 0.4]), seed=2, eval__tasks=one),
+        record(curve([0.3, 0.4, 0.4]), method="lora", eval__tasks=one),
+    ]
+    second, first = rank_tables(grid)
+    assert (second.metric.task, first.metric.task) == ("more", "toy")
+    assert [(row.method, row.seeds) for row in second.rows] == [("DyLoRA", 1)]
+    assert second.missing == first.missing == ()
+    lacking = record(curve([0.3, 0.4, 0.4]), seed=3, eval__tasks=both)
+    assert "seed 3: not evaluated" in rank_tables([*grid, lacking])[0].missing[0]

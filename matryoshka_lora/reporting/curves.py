@@ -200,9 +200,13 @@ def run_tables(record: Record) -> list[RankTable]:
 
 
 def _table(frame: pd.DataFrame, metric: Metric) -> RankTable:
-    """The table of one metric; `frame` has all lines of the runs that belong in it."""
-    runs = runs_of(frame)
+    """The table of one metric; `frame` has all lines of the runs that belong in it.
+
+    A run that ended well lacks nothing where no run that asks for the same tasks was measured.
+    """
     lines = lines_of(frame, metric)
+    frame = frame[frame["asked"].isin(lines["asked"]) | frame["problem"].notna()]
+    runs = runs_of(frame)
     smaller = runs["R"] < max(runs["R"])
     baseline = runs["method"].map(is_baseline).astype(bool)
     # A LoRA of the table's R that was read there alone stands beside those of smaller R.

@@ -27,6 +27,7 @@ RUN_COLUMNS = (
     "seed",
     "variant",
     "row",
+    "asked",
     "problem",
 )
 ROW_COLUMNS = (*(field.name for field in dataclasses.fields(Row)), "test_set")
@@ -114,6 +115,7 @@ def tidy_frame(
         variant: what else may change what is trained (`config.variant`), as sorted (key, JSON)
             pairs.
         row: the name that the table gives the run, else None.
+        asked: the tasks that its config asks for, as JSON.
         problem: why a run has no rows ("no record", "training", "failed: ..."), else None.
     Those of a row (`ROW_COLUMNS`) are the fields of `Row` and what its test set is called, all
     missing where a run has no rows; the scores stay encoded. `value` is a float (NaN: not
@@ -227,6 +229,7 @@ def _run(
         "seed": setting("seed", int) if known else 0,
         "variant": variant,
         "row": row,
+        "asked": json.dumps((config.get("eval") or {}).get("tasks")),
         "problem": problem,
     }
 
