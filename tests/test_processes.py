@@ -112,6 +112,7 @@ from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.config import Config
+from matryoshka_lora.ops.sharded import mesh_of
 from matryoshka_lora.processes import build_adapted_model, shard_base
 from matryoshka_lora.training.loop import fit
 import tiny_lm
@@ -124,7 +125,7 @@ tokens = torch.arange(12)[None]
 def trained(folder, sharded):
     model = make_model(config)
     if sharded:
-        shard_base(model, torch.device("cpu"))
+        shard_base(model, mesh_of(accelerator.device))
         weight = model.model.layers[0].mlp.up_proj.weight
         assert weight.to_local().shape[0] == weight.shape[0] // 2
         # What accelerate calls a launch with fsdp.yaml; on CPUs it cannot be launched so.
@@ -158,7 +159,7 @@ for kind in ("whole", "batched", "hf"):
     tasks = load_tasks([("gsm8k", 2), ("arc_challenge", 3)], data_path=data, limit=3)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
     if kind != "whole":
-        shard_base(model, torch.device("cpu"))
+        shard_base(model, mesh_of(accelerator.device))
     lockstep = kind != "whole"
     if kind == "hf":
         engine = HFEngine(model, tokenizer, 4)
