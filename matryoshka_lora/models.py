@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -136,7 +137,7 @@ def load_model(
         _check_weights(source, found if mesh is None else _found_by_any(found))
         if not quantized:  # otherwise it moves layer by layer
             model = model.to(device)
-        _check_finite(source, model)
+        _check_finite(source, model, mesh is not None)
     model.requires_grad_(False)
     if quantized and not quantize(decoder_layers(model), str(config.quantization), device):
         raise UserError(
@@ -263,7 +264,7 @@ def _shape_file(config: ModelConfig) -> Path:
 
 
 def _found_by_any(found: Mapping[str, Any]) -> dict[str, set[Any]]:
-    """What all processes say of their loading: the rows of one may fit where another's do not."""
+    """What all processes have found: the rows of one may be right where another's are not."""
     everyones: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, dict(found))
     return {key: set().union(*(each[key] for each in everyones)) for key in found}
@@ -294,16 +295,22 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_finite(source: str, model: PreTrainedModel) -> None:
+def _check_finite(source: str, model: PreTrainedModel, sharded: bool) -> None:
     """Raises UserError naming a weight that holds NaN or infinity.
 
     Not every forward shows it: attention on the CPU makes zeros of NaN.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in DTYPES.values():
-            continue  # of a quantised checkpoint
-        # A sum takes no memory, and any such number makes it one.
-        if not bool(parameter.detach().sum(dtype=torch.float32).isfinite()):
+    named = {  # but those of a quantised checkpoint
+        name: parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in DTYPES.values()
+    }
+    # A sum takes no memory, and any such number makes it one.
+    wrong = {n for n, x in named.items() if not bool(x.sum(dtype=torch.float32).isfinite())}
+    if sharded:
+        wrong = _found_by_any({"wrong": wrong})["wrong"]
+    for name in named:
+        if name in wrong:
             raise UserError(
                 f"model {source}: {name} holds numbers that are not finite; restore the files of "
                 "this model"

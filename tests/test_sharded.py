@@ -1,15 +1,16 @@
 """A base that is sharded while it is made or read equals a whole one; two processes hold halves."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_processes import both_print_equal
+from test_processes import all_print_equal
 from torch.distributed.tensor import DTensor
 
 from matryoshka_lora.config import Config, ModelConfig
-from matryoshka_lora.core.adapter import adapter_parameters
+from matryoshka_lora.core.adapter import adapter_parameters, at_rank
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import build_model
 from matryoshka_lora.models import EMBEDDED, load_model
@@ -17,21 +18,40 @@ from matryoshka_lora.ops.sharded import mesh_of
 from matryoshka_lora.processes import shard_base
 
 CPU = torch.device("cpu")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@contextmanager
+def alone(device):
+    """The mesh of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(store=store, rank=0, world_size=1)
+    try:
+        yield mesh_of(device)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
 def mesh():
-    """Of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield mesh_of(CPU)
-    torch.distributed.destroy_process_group()
+    with alone(CPU) as mesh:
+        yield mesh
 
 
 @pytest.mark.parametrize("random", [False, True])
-def test_a_sharded_model_is_the_whole_one(mesh, random):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=GPU)])
+def test_a_sharded_model_is_the_whole_one(device, random):
+    device = torch.device(device)
+    with alone(device) as mesh:
+        check_equal(device, mesh, random)
+
+
+def check_equal(device, mesh, random):
     config = Config(model=ModelConfig(random_weights=random))
-    whole, sharded = build_model(config, CPU), build_model(config, CPU, mesh)
+    whole, sharded = build_model(config, device), build_model(config, device, mesh)
     shard_base(sharded, mesh)
     adapters = adapter_parameters(sharded)
     for name, parameter in whole.named_parameters():
@@ -41,9 +61,12 @@ def test_a_sharded_model_is_the_whole_one(mesh, random):
         assert torch.equal(found, parameter), name
         assert found.requires_grad == parameter.requires_grad, name
     assert sharded.lm_head.weight is sharded.model.embed_tokens.weight
-    tokens = torch.arange(12)[None]
+    tokens = torch.arange(12, device=device)[None]
     with torch.no_grad():
         torch.testing.assert_close(sharded(tokens).logits, whole(tokens).logits)
+        with at_rank(sharded, 4, "prefix"):
+            assert sharded(tokens).logits.device == device
+    assert all(tensor.device == device for tensor in (*sharded.buffers(), *adapters.values()))
 
 
 def no_number(weights):
@@ -171,4 +194,4 @@ print("equal")
 
 @pytest.mark.slow
 def test_two_processes_hold_half_of_the_weights_each(tmp_path):
-    both_print_equal(tmp_path, BUILT)
+    all_print_equal(tmp_path, BUILT)
