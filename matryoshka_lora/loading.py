@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matryoshka_lora.config import Config, adapter_spec_of, build_method, read_config
@@ -170,9 +171,14 @@ def check_base(run: TrainedRun) -> None:
             )
 
 
-def build_model(config: Config, device: torch.device) -> PreTrainedModel:
-    """The base model with fresh adapters on `device`; without weights on the meta device."""
-    model = load_model(config.model, device)
+def build_model(
+    config: Config, device: torch.device, mesh: DeviceMesh | None = None
+) -> PreTrainedModel:
+    """The base model with fresh adapters on `device`; without weights on the meta device.
+
+    mesh: see `load_model`; the adapters are whole on every process.
+    """
+    model = load_model(config.model, device, mesh)
     add_adapters(
         model,
         adapter_spec_of(config),

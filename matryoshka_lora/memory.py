@@ -35,11 +35,14 @@ class Estimate:
     """What it is for -> bytes."""
 
 
-def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]) -> Estimate:
+def estimate(
+    config: Config, model: PreTrainedModel, examples: Sequence[Example], shards: int = 1
+) -> Estimate:
     """Parameters, tokens, steps and memory of a training of `examples`.
 
     model: adapted; it needs no weights (meta device). Activations and logits are rough: they assume
     the inputs of the linear layers kept for the backward pass, and logits of label positions alone.
+    shards: over how many processes the base is sharded.
     """
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     parameters = sum(p.numel() for p in model.parameters())
@@ -58,12 +61,17 @@ def estimate(config: Config, model: PreTrainedModel, examples: Sequence[Example]
     width = 12 * shape.hidden_size + 4 * shape.intermediate_size
     layers = 1 if trainer.gradient_checkpointing else shape.num_hidden_layers
     memory = {
-        "base weights": _base_bytes(config, model, parameters - trainable),
+        "base weights": _base_bytes(config, model, parameters - trainable) / shards,
         "factors, gradients, AdamW": trainable * factor * 4,
         "activations (rough)": forward * width * layers * compute
         + forward * shape.num_hidden_layers * shape.hidden_size * compute,
         "logits (rough)": forward * 0.6 * shape.vocab_size * (compute + 8),
     }
+    if shards > 1:
+        in_layers = [_base_numbers(layer) for layer in decoder_layers(model)]
+        # Embedding and head, the layer that computes and the next one.
+        gathered = parameters - trainable - sum(in_layers) + 2 * max(in_layers)
+        memory["base weights as they are used"] = gathered * compute
     steps = total_steps(len(examples), trainer)
     if kept := _state_of_method(config, model, steps):
         memory["the method's own state"] = kept
@@ -92,6 +100,13 @@ def _base_bytes(config: Config, model: PreTrainedModel, parameters: int) -> floa
         for layer, size in zip(layers, sizes, strict=True)
     )
     return kept + (parameters - sum(sizes)) * compute + max(sizes, default=0) * compute
+
+
+def _base_numbers(module: nn.Module) -> int:
+    """Parameters of a module of an adapted model, without those of the adapters."""
+    return sum(p.numel() for p in module.parameters()) - sum(
+        p.numel() for p in adapter_parameters(module).values()
+    )
 
 
 def _state_of_method(config: Config, model: PreTrainedModel, steps: int) -> int:

@@ -3,12 +3,14 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 from matryoshka_lora.config import ModelConfig, short_name
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.ops.quantized import library, quantize
+from matryoshka_lora.ops.sharded import shards_only
 
 logger = logging.getLogger(__name__)
 
@@ -90,30 +93,34 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
-def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None
+) -> PreTrainedModel:
     """The frozen base model in `model.dtype` on `device`, in evaluation mode.
 
     Raises UserError where it cannot be read, and where that needs a package that is not installed.
 
     With `quantization` the linear layers of its blocks are quantised, except on the meta device.
     With `random_weights` the shape is built with transformers' own initialisation from a fixed
-    seed; on the meta device nothing is allocated.
+    seed; on the meta device nothing is allocated. mesh: of each weight this process gets its rows
+    (`ops.sharded`), and all processes call this together.
     """
     dtype = DTYPES[config.dtype]
+    rows = nullcontext() if mesh is None else shards_only(mesh, device)
     shape = load_shape(config)
     source = source_of(config)
     quantized = config.quantization is not None and device.type != "meta"
     _check_quantization(config, source, shape, quantized)
     if config.random_weights or device.type == "meta":
         devices = [device] if device.type == "cuda" else []
-        with _reading(config, source), torch.random.fork_rng(devices=devices):
+        with _reading(config, source), torch.random.fork_rng(devices=devices), rows:
             torch.manual_seed(0)
             with device:
                 model = AutoModelForCausalLM.from_config(
                     shape, dtype=dtype, trust_remote_code=config.trust_remote_code
                 )
     else:
-        with _reading(config, source), _without_report():
+        with _reading(config, source), _without_report(), rows:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=shape,
@@ -124,12 +131,13 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                 # It would fail with a traceback of shapes; without them it tells which.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                device_map=None if mesh is None else {"": device},
             )
         model, found = loaded
-        _check_weights(source, found)
+        _check_weights(source, found if mesh is None else _found_by_any(found))
         if not quantized:  # otherwise it moves layer by layer
             model = model.to(device)
-        _check_finite(source, model)
+        _check_finite(source, model, mesh is not None)
     model.requires_grad_(False)
     if quantized and not quantize(decoder_layers(model), str(config.quantization), device):
         raise UserError(
@@ -255,6 +263,13 @@ def _shape_file(config: ModelConfig) -> Path:
     return SHAPES / f"{short_name(config.name)}.json"
 
 
+def _found_by_any(found: Mapping[str, Any]) -> dict[str, set[Any]]:
+    """What all processes have found: the rows of one may be right where another's are not."""
+    everyones: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, dict(found))
+    return {key: set().union(*(each[key] for each in everyones)) for key in found}
+
+
 def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     """Raises UserError where weights would be random or left out.
 
@@ -280,16 +295,22 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_finite(source: str, model: PreTrainedModel) -> None:
+def _check_finite(source: str, model: PreTrainedModel, sharded: bool) -> None:
     """Raises UserError naming a weight that holds NaN or infinity.
 
     Not every forward shows it: attention on the CPU makes zeros of NaN.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in DTYPES.values():
-            continue  # of a quantised checkpoint
-        # A sum takes no memory, and any such number makes it one.
-        if not bool(parameter.detach().sum(dtype=torch.float32).isfinite()):
+    named = {  # but those of a quantised checkpoint
+        name: parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in DTYPES.values()
+    }
+    # A sum takes no memory, and any such number makes it one.
+    wrong = {n for n, x in named.items() if not bool(x.sum(dtype=torch.float32).isfinite())}
+    if sharded:
+        wrong = _found_by_any({"wrong": wrong})["wrong"]
+    for name in named:
+        if name in wrong:
             raise UserError(
                 f"model {source}: {name} holds numbers that are not finite; restore the files of "
                 "this model"

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from matryoshka_lora import methods
 from matryoshka_lora.config import Config, wanted_points
@@ -19,7 +20,7 @@ from matryoshka_lora.phases.evaluation import evaluate
 from matryoshka_lora.phases.report import report
 from matryoshka_lora.phases.start import start_record
 from matryoshka_lora.phases.training import train
-from matryoshka_lora.processes import build_adapted_model, make_accelerator, on_main
+from matryoshka_lora.processes import build_adapted_model, is_sharded, make_accelerator, on_main
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.lock import locked
 from matryoshka_lora.runs.progress import finished_record, is_trained, record_failure, replacing
@@ -44,7 +45,7 @@ def run(config: Config) -> Record | None:
     )
     inputs = prepare(config, on_main(accelerator, lambda: model_identity(config.model)))
     if config.trainer.dry_run:
-        _dry_run(config, inputs, main)
+        _dry_run(config, inputs, accelerator)
         return None
     folder = RunFolder(inputs.folder)
     tasks = load_own_and_harness_tasks(config, accelerator)
@@ -93,9 +94,10 @@ def run(config: Config) -> Record | None:
     return record if main else None
 
 
-def _dry_run(config: Config, inputs: Inputs, main: bool) -> None:
+def _dry_run(config: Config, inputs: Inputs, accelerator: Accelerator) -> None:
     """Print what the training would take, from the model's shape alone."""
     tokens = tokenize_records(config, inputs)
     shape = build_model(config, torch.device("meta"))
-    if main:
-        print_estimate(estimate(config, shape, tokens.train), tokens.embedded)
+    shards = accelerator.num_processes if is_sharded(accelerator) else 1
+    if accelerator.is_main_process:
+        print_estimate(estimate(config, shape, tokens.train, shards), tokens.embedded)

@@ -12,6 +12,7 @@ from accelerate.utils import (
     broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from matryoshka_lora.config import Config
@@ -20,6 +21,7 @@ from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.loading import build_model
 from matryoshka_lora.models import decoder_layers
 from matryoshka_lora.ops.device import let_segments_grow
+from matryoshka_lora.ops.sharded import mesh_of, shard
 
 T = TypeVar("T")
 
@@ -75,28 +77,15 @@ def build_adapted_model(config: Config, accelerator: Accelerator) -> PreTrainedM
     # accelerate asks for it, and transformers 5.17 then leaves the weights of all processes but the
     # first at 0, for accelerate to fill.
     disable_fsdp_ram_efficient_loading()
-    model = build_model(config, torch.device("cpu"))
-    shard_base(model, accelerator.device)
+    mesh = mesh_of(accelerator.device)
+    model = build_model(config, accelerator.device, mesh)
+    shard_base(model, mesh)
     return model
 
 
-def shard_base(model: PreTrainedModel, device: torch.device) -> None:
+def shard_base(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard the frozen base over all processes, layer by layer.
 
     The adapters stay whole on every process, so training sums their gradients as without sharding.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    whole = set(adapter_parameters(model).values())
-    for parameter in whole:
-        parameter.data = parameter.data.to(device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(
-                name, buffer.to(device), name not in module._non_persistent_buffers_set
-            )
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    shard(model, decoder_layers(model), adapter_parameters(model).values(), mesh)

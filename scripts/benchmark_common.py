@@ -34,6 +34,7 @@ SCHEMA = 2
 LOCAL, COMMITTED = "results/benchmarks-local", "results/benchmarks"
 FOLDERS = ("run", "data_path", "output")
 SHAPES = {
+    "llama3_70b": ("meta-llama/Llama-3.1-70B-Instruct", "bfloat16"),
     "llama3_8b": ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"),
     "llama3_1b": ("meta-llama/Llama-3.2-1B-Instruct", "bfloat16"),
     "smollm2_135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "bfloat16"),

@@ -33,7 +33,10 @@ SHAPES = {
     "llama3_8b-r256": "shape=llama3_8b rank=256",
     "llama3_1b-r32": "shape=llama3_1b rank=32 cuda_graphs=true warmup=60",
     "llama3_1b-r256": "shape=llama3_1b rank=256 cuda_graphs=true warmup=60",
+    "llama3_8b-r256-sharded": "shape=llama3_8b rank=256 sharded=true",
+    "llama3_70b-r16-sharded": "shape=llama3_70b rank=16 sharded=true gradient_checkpointing=true",
     "tiny-r32": "shape=tiny rank=32",
+    "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
 """Name -> options of the script."""
 NOTE = """\

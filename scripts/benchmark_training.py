@@ -14,6 +14,7 @@ says nothing about large models.
 import contextlib
 import gc
 import logging
+import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from benchmark_common import (
     COMMITTED,
     LOCAL,
@@ -57,7 +59,7 @@ from matryoshka_lora.data.examples import Example
 from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
-from matryoshka_lora.processes import make_accelerator
+from matryoshka_lora.processes import build_adapted_model, make_accelerator
 from matryoshka_lora.training.loop import fit, peak_gib, reset_peak
 from matryoshka_lora.training.plan import batch_ids
 
@@ -89,8 +91,9 @@ LR = 1e-6  # random weights must not run away in the thousand steps this may tak
 NOTE = """\
 Training speed, random weights, GSM8K's lengths, effective batch 32 (`make benchmark-training`).
 Tokens are real, unpadded ones; `x peft 8x4` is the ratio to PEFT's LoRA under the HF Trainer in the
-same run; MFU is against a matrix product measured in the same run; start is what the first steps
-took beyond a steady step, compilation for the most part. Records: `training.json`."""
+same run; MFU is against a matrix product measured in the same run; build is making the model, start
+what the first steps took beyond a steady step, compilation for the most part. In `-sharded` entries
+each GPU holds a part of the base. Records: `training.json`."""
 
 
 @dataclass
@@ -113,6 +116,8 @@ class Options:
     warmup: int = option(10, "steps left out at the beginning; of a baseline 5 at most")
     compile: bool = option(True, "trainer.compile, where there is a GPU")
     cuda_graphs: bool = option(False, "trainer.cuda_graphs, where there is a GPU")
+    sharded: bool = option(False, "the base over the processes, as configs/accelerate/fsdp.yaml")
+    gradient_checkpointing: bool = option(False, "trainer.gradient_checkpointing")
     output: str = option(
         LOCAL, f"folder of record and table; {COMMITTED} adds to the committed ones"
     )
@@ -176,9 +181,16 @@ def measure_ours(
     config: Config, examples: Sequence[Example], clock: Clock, accelerator: Accelerator
 ) -> dict[str, Any]:
     """This project's own loop, as `train.py` runs it. Only the main process has the figures."""
-    model = load_model(config.model, clock.device)
-    spec = adapter_spec_of(config)
-    add_adapters(model, spec, LLAMA_TARGETS, dtype=DTYPES[config.adapter.dtype])
+    began = time.perf_counter()
+    reset_peak(clock.device)
+    model = build_adapted_model(config, accelerator)
+    synchronize(clock.device)
+    built = {
+        "build_seconds": time.perf_counter() - began,
+        "build_peak_gib": peak_gib(clock.device),
+        # Of the process since its start, in RAM.
+        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
     fill_factors(model)
     clock.began = time.perf_counter()
 
@@ -187,7 +199,7 @@ def measure_ours(
     def on_step(row: dict[str, Any]) -> None:
         # A row is read when the step after it was handed out.
         if not found and (figures := clock.tick(row["step"] + 2)):
-            found.update(figures)
+            found.update(figures | built)
             if clock.steps is None:
                 raise _Measured
 
@@ -309,6 +321,11 @@ def measure(options: Options) -> None:
     if processes > 1 and (options.steps is None or options.baselines):
         # By the clock, one process would end while another waits for its gradients.
         raise UserError(f"{processes} processes: give steps=... and baselines=[]")
+    if options.sharded:
+        if processes == 1:
+            raise UserError("sharded=true needs several processes: start it by torchrun")
+        # What accelerate makes of a launch with fsdp.yaml; without a GPU it would not.
+        accelerator.state.distributed_type = DistributedType.FSDP
     config = Config(seed=SEED)
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
     config.adapter.rank = options.rank
@@ -316,6 +333,7 @@ def measure(options: Options) -> None:
     trainer.lr, trainer.epochs = LR, EPOCHS
     trainer.effective_batch = EFFECTIVE_BATCH * processes
     trainer.save_every = 10**9
+    trainer.gradient_checkpointing = options.gradient_checkpointing
     if device.type == "cuda":
         trainer.compile, trainer.cuda_graphs = options.compile, options.cuda_graphs
     validate(config)
@@ -364,7 +382,8 @@ def measure(options: Options) -> None:
 
 def key_of(options: Options, processes: int) -> str:
     """Which entry of the record a measurement is."""
-    return f"{options.shape}-r{options.rank}" + (f"-x{processes}" if processes > 1 else "")
+    sharded = "-sharded" if options.sharded else ""
+    return f"{options.shape}-r{options.rank}{sharded}" + (f"-x{processes}" if processes > 1 else "")
 
 
 def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -384,6 +403,7 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"x {REFERENCE}": f"{speed / reference:.2f}" if speed and reference else "",
                 "MFU": f"{100 * speed * flops / ceiling:.0f} %" if speed else "",
                 "peak GiB": f"{gib:.1f}" if gib else "",
+                "build s": f"{x['build_seconds']:.0f}" if "build_seconds" in x else "",
                 "start s": f"{x['start_seconds']:.0f}" if speed else "",
                 "steps": str(x.get("steps", "")),
             }

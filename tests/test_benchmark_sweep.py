@@ -207,7 +207,7 @@ def test_batch_sizes_that_do_not_fit_are_left_out(benchmark, monkeypatch):
     [
         (
             ["shape=llama8b"],
-            "shape=llama8b is unknown; allowed: llama3_8b, llama3_1b, smollm2_135m, tiny",
+            "shape=llama8b is unknown; allowed: llama3_70b, llama3_8b, llama3_1b, ",
         ),
         (["shpae=tiny"], "(did you mean shape?)"),
         (["documents=many"], "'many'"),

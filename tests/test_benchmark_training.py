@@ -101,7 +101,7 @@ def test_a_table_names_machine_and_commit(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("shape=llama", "shape=llama is unknown; allowed: llama3_8b"),
+        ("shape=llama", "shape=llama is unknown; allowed: llama3_70b"),
         ("methods=[lora,dora]", "methods=dora is unknown"),
         ("seconds=0", "seconds and others above 0"),
         ("sedonds=1", "sedonds"),

@@ -246,7 +246,7 @@ def test_force_makes_the_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("model", "rank", "count"),
     [("llama3_8b", 32, "83,886,080"), ("llama3_8b", 256, "671,088,640")]
-    + [("llama3_1b", 32, "22,544,384")],
+    + [("llama3_1b", 32, "22,544,384"), ("llama3_70b", 16, "207,093,760")],
 )
 def test_a_dry_run_counts_and_stops(tmp_path, model, rank, count, capsys):
     options = ("dataset=arithmetic", "model.random_weights=true", "trainer.dry_run=true")

@@ -78,14 +78,14 @@ def test_a_batch_that_two_processes_cannot_make(tmp_path):
     assert "cannot be made of 2 process(es); process counts that fit: [1, 7]" in done.stderr
 
 
-def both_print_equal(tmp_path, program):
-    """Run `program` on two gloo processes, with tests/ and `tmp_path` as arguments."""
+def all_print_equal(tmp_path, program, processes=2):
+    """Run `program` on gloo processes, with tests/ and `tmp_path` as arguments."""
     script = tmp_path / "program.py"
     script.write_text(program)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", str(script), str(ROOT / "tests"), str(tmp_path)),
+            *(f"--nproc_per_node={processes}", str(script), str(ROOT / "tests"), str(tmp_path)),
         ],
         capture_output=True,
         text=True,
@@ -93,7 +93,7 @@ def both_print_equal(tmp_path, program):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
+    assert done.stdout.count("equal") == processes
 
 
 SHARDED = """
@@ -112,6 +112,7 @@ from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import load_tasks
 from matryoshka_lora.config import Config
+from matryoshka_lora.ops.sharded import mesh_of
 from matryoshka_lora.processes import build_adapted_model, shard_base
 from matryoshka_lora.training.loop import fit
 import tiny_lm
@@ -124,7 +125,7 @@ tokens = torch.arange(12)[None]
 def trained(folder, sharded):
     model = make_model(config)
     if sharded:
-        shard_base(model, torch.device("cpu"))
+        shard_base(model, mesh_of(accelerator.device))
         weight = model.model.layers[0].mlp.up_proj.weight
         assert weight.to_local().shape[0] == weight.shape[0] // 2
         # What accelerate calls a launch with fsdp.yaml; on CPUs it cannot be launched so.
@@ -158,7 +159,7 @@ for kind in ("whole", "batched", "hf"):
     tasks = load_tasks([("gsm8k", 2), ("arc_challenge", 3)], data_path=data, limit=3)
     model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
     if kind != "whole":
-        shard_base(model, torch.device("cpu"))
+        shard_base(model, mesh_of(accelerator.device))
     lockstep = kind != "whole"
     if kind == "hf":
         engine = HFEngine(model, tokenizer, 4)
@@ -183,7 +184,90 @@ print("equal")
 @pytest.mark.slow
 def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
     """FSDP2 with two gloo processes; NCCL and accelerate's own launch need GPUs."""
-    both_print_equal(tmp_path, SHARDED)
+    all_print_equal(tmp_path, SHARDED)
+
+
+MOVED = """
+import json, shutil, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_training import factors, make_config, make_examples
+from pathlib import Path
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from matryoshka_lora.config import build_method
+from matryoshka_lora.processes import build_adapted_model
+from matryoshka_lora.training.loop import fit
+
+accelerator = Accelerator(cpu=True)
+accelerator.state.distributed_type = DistributedType.FSDP
+folder = Path(sys.argv[2])
+config = make_config("nested_dropout", max_tokens=40, save_every=4, gradient_checkpointing=True)
+model = build_adapted_model(config, accelerator)
+fit(model, make_examples(), build_method(config), config, folder, accelerator)
+accelerator.wait_for_everyone()
+log, known = folder / "train.jsonl", folder / f"losses-{accelerator.process_index}.pt"
+assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004.pt"]
+found = torch.tensor([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+if accelerator.num_processes == 4:
+    assert len(found) == 6
+    torch.save((found, factors(model)), known)
+else:
+    losses, trained = torch.load(known)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
+    assert torch.equal(found[:4], losses[:4]), "the first steps are not made again"
+    assert (factors(model) - trained).norm() / trained.norm() < 1e-4
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_training_of_four_processes_goes_on_with_two(tmp_path):
+    all_print_equal(tmp_path, MOVED, 4)
+    all_print_equal(tmp_path, MOVED, 2)
+
+
+WHOLE_RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import pytest
+from test_pipeline import small_config
+from pathlib import Path
+from accelerate.utils import DistributedType
+from matryoshka_lora import pipeline
+
+make_accelerator = pipeline.make_accelerator
+
+def made_sharded():
+    accelerator = make_accelerator()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+found = {}
+for kind in ("whole", "sharded"):
+    folder = Path(sys.argv[2]) / kind
+    config = small_config(folder, trainer__lr=6e-3, trainer__gradient_checkpointing=True)
+    config.dataset.validation, config.eval.rules = 0.2, ["prefix", "svd"]
+    if kind == "sharded":
+        pipeline.make_accelerator = made_sharded
+        config.trainer.dry_run = True
+        pipeline.run(config)
+        config.trainer.dry_run = False
+    found[kind] = pipeline.run(config)
+if found["whole"] is not None:
+    rows, losses = [], []
+    for kind, record in found.items():
+        log = Path(sys.argv[2]) / kind / "runs" / record.name / "train.jsonl"
+        rows.append({row.key: row.value for row in record.rows})
+        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+    assert rows[0] and rows[1] == pytest.approx(rows[0], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_a_sharded_base_gives_the_rows_of_one_without(tmp_path):
+    all_print_equal(tmp_path, WHOLE_RUN)
 
 
 RESUMED = """
@@ -232,4 +316,4 @@ def test_every_method_on_two_processes_is_that_of_one_and_resumes_bit_for_bit(tm
         model, _, _ = fit_here(folder, config, hooks=hooks)
         importance = [x.double() for x in hooks.importance().values()]
         torch.save(torch.cat([factors(model), *importance]), folder / "factors.pt")
-    both_print_equal(tmp_path, RESUMED)
+    all_print_equal(tmp_path, RESUMED)

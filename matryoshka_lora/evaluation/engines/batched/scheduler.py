@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.evaluation.engines.protocol import Point, Request
+from matryoshka_lora.models import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Limits:
             logits_bytes = int(CUDA_LOGITS_SHARE * memory)
         return cls(max_rows or rows, max_tokens or tokens, logits_bytes)
 
-    def cache_bytes(self, model: PreTrainedModel) -> int:
+    def cache_bytes(self, model: PreTrainedModel, sharded: bool) -> int:
         """Memory for the KV cache: what is free, less what a prefill and a decode step need."""
         if model.device.type == "cpu":
             return CPU_CACHE_BYTES
@@ -59,6 +60,9 @@ class Limits:
         # Hidden states and the inputs and outputs of attention and MLP, generously.
         numbers = 16 * config.hidden_size + 6 * config.intermediate_size
         needed = self.max_tokens * numbers * model.dtype.itemsize
+        if sharded:  # the layer that computes, and the next one as it arrives and as it is used
+            layers = [sum(p.numel() for p in x.parameters()) for x in decoder_layers(model)]
+            needed += 3 * max(layers) * model.dtype.itemsize
         return int(0.92 * (free - needed - 2 * self.logits_bytes))
 
 
@@ -168,7 +172,7 @@ class Scheduler:
         asked = [self.requests[g.generate] for g in self.waiting if g.generate is not None]
         size = max(len(request.context) + request.max_new_tokens - 1 for request in asked)
         row_bytes = size * token_bytes
-        fit = max(self.limits.cache_bytes(model) // row_bytes, 1)
+        fit = max(self.limits.cache_bytes(model, lockstep) // row_bytes, 1)
         if lockstep:
             least = torch.tensor(fit, device=model.device)
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
