@@ -2,11 +2,21 @@
 
 import json
 import sys
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from benchmark_common import gsm8k_lengths, run_each, training_flops, write_table
+from benchmark_common import (
+    gsm8k_lengths,
+    merge_entry,
+    run_each,
+    settings_of,
+    training_flops,
+    write_table,
+)
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
@@ -164,11 +174,97 @@ def test_the_efficiency_of_n_cards_is_a_share_of_n_times_one(tmp_path):
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in scaling.write_scaling(tmp_path, entries).splitlines()[2:]
     ]
-    assert [line[:4] for line in lines] == [
-        ["big-r32", "1", "1,000", "1.000"],
-        ["big-r32", "2", "1,900", "0.950"],
-        ["big-r32", "2", "no memory", ""],
-        ["big-r32", "2", "1,900", ""],
+    assert [[*line[:5], line[7]] for line in lines] == [
+        ["big-r32", "1", "1,000 tokens/s", "1.00", "1.000", ""],
+        ["big-r32", "2", "1,900 tokens/s", "1.90", "0.950", ""],
+        ["big-r32", "2", "", "", "", "no memory"],
+        ["big-r32", "2", "1,900 tokens/s", "", "", ""],
+    ]
+
+
+def test_the_scaling_table_has_every_kind_of_measurement(tmp_path):
+    where = {"device": {"name": "A"}, "git": None, "versions": {"torch": "2"}}
+    trained = {"ours": {"tokens_per_second": 1000.0}}
+    losses = {"training_seconds": 9.0, "same_on_all_processes": None}
+    swept = {"answers_per_second": 10.0, "seconds": 8.0, "peak_gib": None}
+    entries = {
+        "big": {"systems": trained},
+        "big-sharded-x4": {"systems": {"ours": {"tokens_per_second": 3000.0}}},
+        "losses-x1": losses | {"losses": [2.0, 1.0]},
+        "losses-x2": losses | {"losses": [2.0, 1.25], "same_on_all_processes": True},
+        "losses-split": losses | {"losses": [2.0, 1.5]},
+        "shape-3shot-9": swept,
+        "shape-3shot-9-x2": swept | {"answers_per_second": 18.0},
+        "grid-x1": {"runs": 8, "seconds": 70.0},
+        "grid-x2": {"runs": 8, "seconds": 40.0},
+    }
+    entries = {f"{key} on A": entry | where for key, entry in entries.items()}
+    table = scaling.write_scaling(tmp_path, entries)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    efficiency = {(line[0], line[1]): (line[4], line[7]) for line in cells[2:]}
+    assert efficiency == {
+        ("big", "1"): ("1.000", ""),
+        ("big-sharded", "4"): ("0.750", ""),
+        ("losses", "1"): ("", ""),
+        ("losses", "2"): (
+            "",
+            "losses differ by 2.5e-01 at most; adapter equal on all processes",
+        ),
+        ("losses-split", "1"): ("", "losses differ by 5.0e-01 at most"),
+        ("shape-3shot-9", "1"): ("1.000", ""),
+        ("shape-3shot-9", "2"): ("0.900", ""),
+        ("grid", "1"): ("1.000", ""),
+        ("grid", "2"): ("0.875", ""),
+    }
+
+
+def test_measurements_get_cards_of_their_own_and_what_all_need_goes_first():
+    log, lock = [], threading.Lock()
+
+    def measurement(name, cards, **more):
+        def run(ids):
+            with lock:
+                log.append((name, "began", set(ids)))
+            time.sleep(0.05)
+            with lock:
+                log.append((name, "ended", set(ids)))
+            if name == "b":
+                raise RuntimeError("no memory")
+
+        return scaling.Measurement(name, cards, run, **more)
+
+    asked = [measurement(name, 1) for name in "ab"]
+    asked += [measurement("late", 1, after="a"), measurement("long", 1, is_long=True)]
+    asked += [measurement("two", 2), measurement("all", 3)]
+    assert scaling.run_all(asked, ["0", "1", "2"]) == ["b: no memory"]
+    order = [name for name, what, _ in log if what == "began"]
+    assert order[0] == "all" and {*order[1:3]} == {"long", "two"} and len(order) == 6
+    held = {}
+    for name, what, ids in log:
+        if what == "ended":
+            del held[name]
+            continue
+        assert name != "late" or ("a", "ended") in [entry[:2] for entry in log]
+        assert not any(ids & others for others in held.values())
+        held[name] = ids
+
+
+def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, monkeypatch):
+    given = {"gpus": [1, 2], "parts": ["training"], "shapes": ["tiny-r32"]}
+    options = scaling.Options(**given, output=str(tmp_path), work=str(tmp_path))
+
+    def names(**changed):
+        return [m.name for m in scaling.Bench(replace(options, **changed), False).plan()]
+
+    assert names() == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    measured = script.Options(
+        shape="tiny", rank=32, methods=["matryoshka"], baselines=[], steps=options.steps
+    )
+    merge_entry(tmp_path, "training", "x-x2", {"options": settings_of(measured), "processes": 2})
+    assert names() == ["tiny-r32 on 1"] and names(again=True) == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    assert names(steps=7) == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    assert names(parts=["losses", "grid"], gpus=[1, 2, 4]) == [
+        *("losses-split", "losses-x1", "losses-x2", "losses-x4", "grid-x1", "grid-x4")
     ]
 
 
