@@ -57,11 +57,14 @@ SHAPES = {
     "llama3_8b-r256": "shape=llama3_8b rank=256",
     "llama3_1b-r32": "shape=llama3_1b rank=32 cuda_graphs=true warmup=60",
     "llama3_1b-r256": "shape=llama3_1b rank=256 cuda_graphs=true warmup=60",
+    "llama3_8b-r256-sharded": "shape=llama3_8b rank=256 sharded=true",
+    "llama3_70b-r16-sharded": "shape=llama3_70b rank=16 sharded=true gradient_checkpointing=true",
     "tiny-r32": "shape=tiny rank=32",
+    "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
 """Name -> options of benchmark_training.py."""
 SHARDED = "-sharded"
-LEAST: dict[str, int] = {}
+LEAST = {"llama3_70b-r16-sharded": 4}
 """Name -> the fewest GPUs that can hold it, where more than one."""
 RUN = "run"
 SWEEPS = {
@@ -93,7 +96,7 @@ class Options:
     gpus: list[int] = option([1, 2, 4], "how many; without a GPU so many processes of the CPU")
     parts: list[str] = option(list(PARTS), "what", choices=PARTS)
     shapes: list[str] = option(
-        ["llama3_8b-r32", "llama3_1b-r256", *(name for name in SHAPES if name.endswith(SHARDED))],
+        ["llama3_8b-r32", "llama3_1b-r256", "llama3_8b-r256-sharded", "llama3_70b-r16-sharded"],
         "of training and sharded",
         choices=SHAPES,
     )
