@@ -29,6 +29,7 @@ from matryoshka_lora.runs.provenance import environment
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_scaling as scaling  # noqa: E402
 import benchmark_training as script  # noqa: E402
+import project_scaling as projection  # noqa: E402
 
 
 def main(arguments):
@@ -274,3 +275,70 @@ def test_scaling_refuses_what_is_not_there(tmp_path, monkeypatch, asked):
     options = scaling.Options(**{"gpus": [1], "output": str(tmp_path)} | asked)
     with pytest.raises(UserError, match=next(iter(asked))):
         scaling.main(options)
+
+
+def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsys):
+    """1e9 trainable parameters: 4 GB, of which 4 GPUs move 6 GB over each link in 0.06 s."""
+    monkeypatch.setattr(
+        projection, "gsm8k_lengths", lambda n: np.full((n, 2), 50), raising=True
+    )  # 3 epochs of 7473 records are 2,241,900 tokens
+    where = {"git": None, "versions": {"torch": "2"}, "device": {"name": "A"}}
+
+    def trained(n, step, gib, base=8e9):
+        system = {
+            "tokens_per_second": n * 5000 / step,
+            "steps": 10,
+            "seconds": 10 * step,
+            "peak_gib": gib,
+        }
+        counts = {"trainable": int(1e9), "parameters": int(base + 1e9)}
+        return {"processes": n, "systems": {"matryoshka": system}} | counts | where
+
+    swept = {"points": "9", "answers_per_second": 1.0, "seconds": 240.0} | where
+    entries = {
+        "training": {
+            "big-r8 on A": trained(1, 0.30, 40.0),
+            "big-r8-x4 on A": trained(4, 0.36, 40.0),
+            "big-r8-sharded-x4 on A": trained(4, 0.50, 30.0),
+        },
+        "sweep": {
+            "big-r8-3shot-9 on A": swept,
+            "big-r8-3shot-9-x4 on A": swept | {"answers_per_second": 3.2, "processes": 4},
+        },
+    }
+    for name, found in entries.items():
+        content = {"schema": 2, "benchmark": name, "entries": found}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    folders = [f"folder={tmp_path}", f"sweeps={tmp_path}"]
+    projection.main(parse_options(projection.Options, [*folders, "networks=[100,10]"]))
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
+    # 6 GB / 0.06 s = 100 GB/s; 8 GPUs move 7 GB, 64 move 7.875 GB.
+    whole = [row[3:6] + row[7:] for row in rows if row[0] == "big-r8"]
+    assert [row[:3] for row in whole] == [
+        ["100", "0.370", "0.070"],
+        ["100", "0.379", "0.079"],
+        ["10", "1.087", "0.787"],
+    ]
+    speed = 8 * 5000 / 0.37
+    training, sweep = 2_241_900 / speed, 240 / (8 * 0.8)
+    assert whole[0][3:] == [
+        f"{speed:,.0f}",
+        f"{0.3 / 0.37:.2f} of that of 1",
+        "40.0",
+        f"{training:.1f}",
+        f"{sweep:.1f}",
+        f"{sweep / (sweep + training):.0%}",
+    ]
+    # Gathers are 2 * 7/8 * 16 GB at 100 GB/s: less than the step of 4; over 10 GB/s they are more.
+    sharded = [row for row in rows if row[0] == "big-r8-sharded"]
+    assert [row[4:7] for row in sharded] == [
+        [f"{0.5 + 0.01:.3f}", "0.070", "0.280"],
+        [f"{0.5 + 0.01875:.3f}", "0.079", "0.315"],
+        [f"{3.15 + 0.7275:.3f}", "0.787", "3.150"],
+    ]
+    held = 30 - 16e9 * (1 / 4 - 1 / 8) / 2**30
+    assert sharded[0][9] == f"{held:.1f}"
+    assert "Computed, not measured" in (tmp_path / "projection.md").read_text()
