@@ -200,7 +200,7 @@ class Bench:
             arguments = [f"tasks=[{tasks}]"]
             if self.options.data_path is not None:
                 arguments += [f"data_path={self.options.data_path}"]
-        arguments += [f"output={self.output}"]
+        arguments += ["baseline=false", f"output={self.output}"]
         settings = settings_of(parse_options(benchmark_sweep.Options, arguments))
         if self.is_measured("sweep", settings, count):
             return None
@@ -430,7 +430,8 @@ def _cells(
     else:
         mine, one = entry["answers_per_second"], alone.get("answers_per_second")
         what = f"{entry['seconds']:.1f} s, {mine:,.1f} answers/s"
-        yield _row(what, mine / one if one else None, n, GOALS["sweep"], entry["peak_gib"])
+        note = _sweep_note(entry, alone)
+        yield _row(what, mine / one if one else None, n, GOALS["sweep"], entry["peak_gib"], note)
 
 
 def _row(
@@ -459,6 +460,20 @@ def _losses_note(entry: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     if (same := entry["same_on_all_processes"]) is not None:
         found.append(f"adapter {'equal' if same else 'NOT EQUAL'} on all processes")
     return "; ".join(found)
+
+
+def _sweep_note(entry: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
+    """How far the answers, or the values of the rows, are those of one GPU."""
+    if not alone or alone is entry:
+        return ""
+    if "values" not in entry:
+        same = entry.get("answers_sha") == alone.get("answers_sha")
+        return "all answers equal" if same else "some answers differ"
+    mine, others = entry["values"], alone.get("values", {})
+    if mine.keys() != others.keys():
+        return "other rows"
+    apart = max(abs(value - others[key]) for key, value in mine.items() if value is not None)
+    return f"{len(mine)} rows differ by {apart:.1e} at most" if apart else f"{len(mine)} rows equal"
 
 
 if __name__ == "__main__":

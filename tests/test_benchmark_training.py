@@ -194,8 +194,10 @@ def test_the_scaling_table_has_every_kind_of_measurement(tmp_path):
         "losses-x1": losses | {"losses": [2.0, 1.0]},
         "losses-x2": losses | {"losses": [2.0, 1.25], "same_on_all_processes": True},
         "losses-split": losses | {"losses": [2.0, 1.5]},
-        "shape-3shot-9": swept,
-        "shape-3shot-9-x2": swept | {"answers_per_second": 18.0},
+        "shape-3shot-9": swept | {"answers_sha": "1"},
+        "shape-3shot-9-x2": swept | {"answers_per_second": 18.0, "answers_sha": "2"},
+        "run-0shot-9": swept | {"values": {"8 prefix acc": 0.5}},
+        "run-0shot-9-x2": swept | {"values": {"8 prefix acc": 0.75}},
         "grid-x1": {"runs": 8, "seconds": 70.0},
         "grid-x2": {"runs": 8, "seconds": 40.0},
     }
@@ -213,7 +215,9 @@ def test_the_scaling_table_has_every_kind_of_measurement(tmp_path):
         ),
         ("losses-split", "1"): ("", "losses differ by 5.0e-01 at most"),
         ("shape-3shot-9", "1"): ("1.000", ""),
-        ("shape-3shot-9", "2"): ("0.900", ""),
+        ("shape-3shot-9", "2"): ("0.900", "some answers differ"),
+        ("run-0shot-9", "1"): ("1.000", ""),
+        ("run-0shot-9", "2"): ("0.500", "1 rows differ by 2.5e-01 at most"),
         ("grid", "1"): ("1.000", ""),
         ("grid", "2"): ("0.875", ""),
     }
