@@ -167,26 +167,6 @@ def test_a_card_that_fails_is_left_out_and_its_job_goes_to_another(tmp_path, cap
     assert all("error: no GPU is left" in o.log.read_text() for o in outcomes)
 
 
-def test_torchrun_says_which_signal_ended_a_job():
-    text = """
-Failures:
-  <NO_OTHER_FAILURES>
-------------------------------------------------------------
-Root Cause (first observed failure):
-[0]:
-  time      : 2026-01-01_00:00:00
-  rank      : 1 (local_rank: 1)
-  exitcode  : -9 (pid: 17)
-  error_file: <N/A>
-  traceback : Signal 9 (SIGKILL) received by PID 17
-============================================================
-"""
-    found = queue.KILLED.search(text)
-    assert found is not None and found[1] == "9"
-    assert queue.KILLED.search(text.replace("-9", "1")) is None
-    assert last_error(text) == "traceback : Signal 9 (SIGKILL) received by PID 17"
-
-
 def test_a_log_keeps_older_attempts_and_shown_output_is_logged_too(tmp_path, capfdbinary):
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
@@ -200,6 +180,7 @@ def test_a_log_keeps_older_attempts_and_shown_output_is_logged_too(tmp_path, cap
 
 def test_last_error_prefers_the_line_that_says_error():
     assert last_error("start\nerror: wrong key\nsome more\n") == "wrong key"
+    assert last_error("error in process 1: no file\nTraceback\n") == "no file"
     assert last_error("Traceback\nKeyError: 1\n") == "KeyError: 1"
     assert last_error("") == "no output"
 

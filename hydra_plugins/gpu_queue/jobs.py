@@ -34,8 +34,8 @@ GRACE, PATIENCE = 2.0, 30.0
 LOOK = 0.2
 # How often a job is started whose process is killed, by the system for want of memory, say.
 ATTEMPTS = 2
-# How torchrun, whose own exit code is then 1, says that a signal ended a process of the job.
-KILLED = re.compile(r"Root Cause.*?exitcode +: -(\d+)", re.DOTALL)
+# How a line begins that says why a job, or a process of it, has failed.
+ERROR = re.compile(r"error( in process \d+)?: ")
 # What the output of a job that failed on its card's account names.
 OF_THE_CARD = re.compile("CUDA|NCCL|cuDNN|NVML")
 # What a card has to be able to do, and the seconds it gets for it.
@@ -253,8 +253,6 @@ def run_jobs(
                 code = worker.wait(log, show)
                 seconds[number] += time.monotonic() - began
                 text = log.read_bytes()[start:].decode(errors="replace")
-                if slot.processes > 1 and code and (killed := KILLED.search(text)):
-                    code = -int(killed[1])
                 failed = code != 0 and not stopping.is_set()
                 again = failed and goes_back(number, worker, code, text)
                 error = None if code == 0 else f"exit code {code}: {last_error(text)}"
@@ -407,8 +405,8 @@ def file_name(name: str) -> str:
 
 def last_error(text: str) -> str:
     """The last line that starts with `error:`, without that word, or else the last line."""
-    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
-    errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [ERROR.sub("", line, count=1) for line in lines if ERROR.match(line)]
     return (errors or lines or ["no output"])[-1]
 
 
