@@ -327,10 +327,18 @@ class Bench:
 def run_all(measurements: Sequence[Measurement], cards: Sequence[str]) -> list[str]:
     """Run each on cards of its own, side by side where there are enough; what failed.
 
-    Those that need all cards go first, then the long ones, then the widest, so that few cards wait.
+    First go those that others wait for, then the long ones, then the widest; those that need all
+    cards go last, so that few cards wait for long.
     """
+    awaited = {each.after for each in measurements}
     waiting = sorted(
-        measurements, key=lambda each: (each.cards < len(cards), not each.is_long, -each.cards)
+        measurements,
+        key=lambda each: (
+            each.name not in awaited,
+            each.cards == len(cards),
+            not each.is_long,
+            -each.cards,
+        ),
     )
     free, failed = list(cards), []
     running: dict[Future[object], tuple[Measurement, list[str], float]] = {}
