@@ -82,7 +82,7 @@ reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, 
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU
 	$(BIN)/python scripts/benchmark_training.py $(ARGS)
 
-benchmark-scaling: setup ## tokens/s on 1, 2 and 4 GPUs of this host
+benchmark-scaling: setup ## training, sweep and a grid on 1, 2 and 4 GPUs of this host
 	$(BIN)/python scripts/benchmark_scaling.py $(ARGS)
 
 benchmark-sweep: setup ## the rank sweep against lm-eval's HF backend; real shapes on a GPU

@@ -33,7 +33,6 @@ from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.core.storage import AdapterFile, check_layers, load_adapter, read_adapter
 from matryoshka_lora.identity import model_identity
 from matryoshka_lora.models import DTYPES, load_model, load_tokenizer, other_modalities
-from matryoshka_lora.reporting.choosing import rule_for
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.progress import is_trained
 from matryoshka_lora.runs.record import Record, read_record
@@ -75,6 +74,9 @@ class LoadedRun:
         """
         key = rank, rule
         if rank != 0 and key not in self._rules:
+            # Here, because pandas and matplotlib, half a second of imports, come with it.
+            from matryoshka_lora.reporting.choosing import rule_for
+
             self._rules[key] = rule_for(self.record, self.spec, rank, rule)
         with at_rank(self.model, rank, self._rules.get(key) or rule or BASE):
             yield

@@ -1,33 +1,57 @@
-"""Training speed on 1, 2, 4, ... GPUs of one host, the batch of each GPU held at 32 samples.
+"""What 2, 4, ... GPUs of one host bring over one: training, the sweep, and a grid of runs.
 
-    python scripts/benchmark_scaling.py gpus=[1,2,4]
+    python scripts/benchmark_scaling.py model_path=models/SmolLM2-135M-Instruct data_path=data
+    python scripts/benchmark_scaling.py parts=[training,sharded] gpus=[1,4]
+    python scripts/benchmark_scaling.py gpus=[1,2] shapes=[tiny-r32] sweeps=[tiny] steps=5 \\
+        loss_steps=20 grid_runs=4 grid_steps=20     everything on CPUs, with the embedded model
 
-Each measurement is one start of scripts/benchmark_training.py, whose record it goes to; those that
-fit on the cards of the host run side by side. `scaling.md` has the speed of n GPUs as a share of n
-times the speed of one.
+The parts: `training` and `sharded` are starts of scripts/benchmark_training.py, 32 samples a step
+on each GPU; `sweep` of scripts/benchmark_sweep.py; `losses` trains one run on each number of GPUs,
+with the same effective batch, and compares the losses of all steps; `grid` is `train.py -m` with
+the GPU queue, the same runs on one GPU and on the most. SmolLM2 is trained on GSM8K where
+`model_path` is given, else the embedded model.
+
+Measurements that fit on the host's cards run side by side. Each adds an entry to a record in
+`output` (training.json, sweep.json, scaling.json) as soon as it is done, and one that is there with
+the same options is not measured again. `scaling.md` has the speed of n GPUs as a share of n times
+the speed of one.
 """
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import LOCAL, read_entries, write_table
+import benchmark_sweep
+import benchmark_training
+from benchmark_common import (
+    COMMITTED,
+    LOCAL,
+    merge_entry,
+    read_entries,
+    settings_of,
+    write_table,
+)
 
-from hydra_plugins.gpu_queue.jobs import visible_gpus
-from matryoshka_lora.cli import environment_of_children, option, run_script
+from hydra_plugins.gpu_queue.jobs import file_name, last_error, visible_gpus
+from matryoshka_lora.cli import environment_of_children, option, parse_options, run_script
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.runs.folder import RunFolder
+from matryoshka_lora.runs.provenance import environment
+from matryoshka_lora.runs.record import find_records, read_record
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
 
-SCRIPT = Path(__file__).with_name("benchmark_training.py")
+SCRIPTS = Path(__file__).parent
+TRAIN = SCRIPTS.parent / "train.py"
 SHAPES = {
     "llama3_8b-r32": "shape=llama3_8b rank=32",
     "llama3_8b-r256": "shape=llama3_8b rank=256",
@@ -38,10 +62,31 @@ SHAPES = {
     "tiny-r32": "shape=tiny rank=32",
     "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
-"""Name -> options of the script."""
-NOTE = """\
-Training on n GPUs of one host, 32 samples a step on each (`make benchmark-scaling`). Efficiency is
-the speed as a share of n times that of one GPU. What fits on the host was measured side by side."""
+"""Name -> options of benchmark_training.py."""
+SHARDED = "-sharded"
+LEAST = {"llama3_70b-r16-sharded": 4}
+"""Name -> the fewest GPUs that can hold it, where more than one."""
+RUN = "run"
+SWEEPS = {
+    "llama3_1b-3shot": "shape=llama3_1b shots=3",
+    "tiny": "shape=tiny shots=0 rank=32 documents=40",
+    RUN: "",
+}
+"""Name -> options of benchmark_sweep.py; `run` is the run of `losses` on one GPU."""
+ALONE = "losses-x1"
+PARTS = ("training", "losses", "sharded", "sweep", "grid")
+BENCHMARKS = ("training", "sweep", "scaling")
+GOALS = {"llama3_8b-r32": 0.93, "llama3_1b-r256": 0.88, "sweep": 0.85, "grid": 0.875}
+# Of a number in bf16, which has 8 significant bits, relative to it.
+BF16 = 2.0**-8
+NOTE = f"""\
+Several GPUs of one host (`make benchmark-scaling`). Training: 32 samples a step on each GPU; of a
+sharded base, one GPU has the whole base. Efficiency is the speed as a share of n times that of one
+GPU. What fits on the host was measured side by side. Losses: the same run on n GPUs with the same
+effective batch; the largest difference of a step's loss from that on one, relative to it. A number
+in bf16 is rounded by up to 2^-8 = {BF16:.1e} of it, and a batch that is split otherwise is rounded
+otherwise: in the row `losses-split` one GPU makes smaller forwards of it. A grid's seconds include
+all starts."""
 
 
 @dataclass
@@ -49,97 +94,394 @@ class Options:
     """The command line."""
 
     gpus: list[int] = option([1, 2, 4], "how many; without a GPU so many processes of the CPU")
-    shapes: list[str] = option(["llama3_8b-r32", "llama3_1b-r256"], "what", choices=SHAPES)
-    steps: int = option(60, "measured after the warm-up")
-    output: str = option(f"{LOCAL}/scaling", "folder of record and table")
+    parts: list[str] = option(list(PARTS), "what", choices=PARTS)
+    shapes: list[str] = option(
+        ["llama3_8b-r32", "llama3_1b-r256", "llama3_8b-r256-sharded", "llama3_70b-r16-sharded"],
+        "of training and sharded",
+        choices=SHAPES,
+    )
+    sweeps: list[str] = option(["llama3_1b-3shot", RUN], "of sweep", choices=SWEEPS)
+    steps: int = option(60, "of training, measured after the warm-up")
+    loss_steps: int = option(300, "of the run of losses")
+    grid_runs: int = option(8, "seeds of the grid")
+    grid_steps: int = option(300, "of each run of the grid")
+    model_path: str | None = option(None, "folder of SmolLM2-135M; null: the embedded model")
+    data_path: str | None = option(None, "folder with gsm8k/, for SmolLM2; null: the hub")
+    again: bool = option(False, "measure also what is there")
+    output: str = option(
+        f"{LOCAL}/scaling", f"folder of records and table; {COMMITTED}/scaling has those committed"
+    )
+    work: str = option(f"{LOCAL}/scaling-work", "folder of the runs themselves and all output")
 
 
-@dataclass
-class Cards:
-    """The cards of the host; who asks for more than are free waits."""
+@dataclass(frozen=True)
+class Measurement:
+    """Something to run on so many cards; `run` gets their ids and raises RuntimeError.
 
-    free: list[str]
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    after: what has to end before. is_long: whether it takes much longer than others.
+    """
 
-    @contextmanager
-    def take(self, count: int) -> Iterator[list[str]]:
-        """Wait for `count` cards; they are free again on leaving."""
-        with self.changed:
-            self.changed.wait_for(lambda: len(self.free) >= count)
-            taken = [self.free.pop(0) for _ in range(count)]
-        try:
-            yield taken
-        finally:
-            with self.changed:
-                self.free += taken
-                self.changed.notify_all()
+    name: str
+    cards: int
+    run: Callable[[Sequence[str]], object]
+    after: str | None = None
+    is_long: bool = False
 
 
-def measure(shape: str, count: int, options: Options, cards: Cards) -> str | None:
-    """Run one measurement on `count` cards; what failed, or None."""
-    name = f"{shape} on {count}"
-    arguments = [*SHAPES[shape].split(), "methods=[matryoshka]", "baselines=[]"]
-    arguments += [f"steps={options.steps}", f"output={options.output}"]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    with cards.take(count) as taken:
-        environment = environment_of_children() | {
-            "CUDA_VISIBLE_DEVICES": ",".join(taken),
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 8)),
+class Bench:
+    """Makes the measurements that are asked for and not there yet."""
+
+    def __init__(self, options: Options, on_gpus: bool) -> None:
+        self.options, self.on_gpus = options, on_gpus
+        self.output, self.work = Path(options.output), Path(options.work)
+        self.entries = {name: read_entries(self.output, name) for name in BENCHMARKS}
+        self.card = environment()["device"]["name"]
+
+    def plan(self) -> list[Measurement]:
+        """All of them, each once."""
+        made = [each for part in PARTS if part in self.options.parts for each in self._part(part)]
+        return list({each.name: each for each in made if each is not None}.values())
+
+    def _part(self, part: str) -> Iterator[Measurement | None]:
+        options, counts = self.options, sorted(self.options.gpus)
+        if part == "losses":
+            yield self._losses("losses-split", 1, (f"trainer.max_tokens={self._half_step()}",))
+        if part == "grid":
+            counts = [count for count in counts if count in (1, counts[-1])]
+        for count in counts:
+            if part == "losses":
+                yield self._losses(f"losses-x{count}", count)
+            elif part == "grid":
+                yield self._grid(count)
+            elif part == "sweep":
+                for sweep in options.sweeps:
+                    yield self._sweep(sweep, count)
+            else:
+                for shape in options.shapes:
+                    if shape.endswith(SHARDED) != (part == "sharded"):
+                        continue
+                    if count >= LEAST.get(shape, 1):
+                        yield self._training(shape, count)
+
+    def _half_step(self) -> int:
+        """Tokens of a forward that make two or more of a step."""
+        return 512 if self.options.model_path is None else 4096
+
+    def is_measured(self, benchmark: str, settings: Mapping[str, Any], processes: int) -> bool:
+        """Whether a record has an entry of this card with the same options."""
+        same = [
+            entry
+            for entry in self.entries[benchmark].values()
+            if entry["device"]["name"] == self.card
+            and entry["options"] == settings
+            and entry.get("processes", 1) == processes
+        ]
+        return bool(same) and not self.options.again
+
+    def _training(self, shape: str, count: int) -> Measurement | None:
+        if count == 1:
+            shape = shape.removesuffix(SHARDED)
+        arguments = [*SHAPES[shape].split(), "methods=[matryoshka]", "baselines=[]"]
+        arguments += [f"steps={self.options.steps}", f"output={self.output}"]
+        settings = settings_of(parse_options(benchmark_training.Options, arguments))
+        if self.is_measured("training", settings, count):
+            return None
+        name = f"{shape} on {count}"
+        script = SCRIPTS / "benchmark_training.py"
+        return Measurement(
+            name, count, lambda ids: self.start(name, ids, [script, *arguments], count)
+        )
+
+    def _sweep(self, sweep: str, count: int) -> Measurement | None:
+        after, arguments = None, SWEEPS[sweep].split()
+        if sweep == RUN:
+            after = ALONE
+            tasks = "gsm8k:0" if self.options.model_path else "arithmetic_word_problems:0"
+            arguments = [f"tasks=[{tasks}]"]
+            if self.options.data_path is not None:
+                arguments += [f"data_path={self.options.data_path}"]
+        arguments += ["baseline=false", f"output={self.output}"]
+        settings = settings_of(parse_options(benchmark_sweep.Options, arguments))
+        if self.is_measured("sweep", settings, count):
+            return None
+        name = f"sweep of {sweep} on {count}"
+
+        def run(ids: Sequence[str]) -> None:
+            of_run = [f"run={self.only_run(after).path}"] if after is not None else []
+            script = SCRIPTS / "benchmark_sweep.py"
+            self.start(name, ids, [script, *arguments, *of_run], count)
+
+        return Measurement(name, count, run, after)
+
+    def _losses(self, key: str, count: int, more: Sequence[str] = ()) -> Measurement | None:
+        overrides = [*self._overrides(self.options.loss_steps), "eval.limit=1", *more]
+        settings = {"overrides": overrides, "smollm2": self.options.model_path is not None}
+        # A sweep of the run needs its folder, too.
+        there = key != ALONE or (self.work / key).exists()
+        if there and self.is_measured("scaling", settings, count):
+            return None
+
+        def run(ids: Sequence[str]) -> None:
+            command = [TRAIN, *overrides, *self._places(key)]
+            seconds = self.start(key, ids, command, count)
+            folder = self.only_run(key)
+            training = read_record(folder.record).training or {}
+            lines = folder.train_log.read_text().splitlines()
+            entry = {
+                "options": settings,
+                "processes": count,
+                "losses": [json.loads(line)["loss"] for line in lines],
+                "same_on_all_processes": training.get("same_on_all_processes"),
+                "training_seconds": training["seconds"],
+                "seconds": seconds,
+            }
+            merge_entry(self.output, "scaling", key, entry)
+
+        return Measurement(key, count, run)
+
+    def _grid(self, count: int) -> Measurement | None:
+        seeds = ",".join(map(str, range(1, self.options.grid_runs + 1)))
+        overrides = [*self._overrides(self.options.grid_steps), f"seed={seeds}"]
+        if self.options.model_path is None:
+            overrides += ["eval.limit=50"]
+        settings = {"overrides": overrides, "smollm2": self.options.model_path is not None}
+        if self.is_measured("scaling", settings, count):
+            return None
+        key = f"grid-x{count}"
+
+        def run(ids: Sequence[str]) -> None:
+            queue = ["-m", "hydra/launcher=gpu_queue"]
+            queue += [] if self.on_gpus else [f"hydra.launcher.gpus={count}"]
+            seconds = self.start(key, ids, [TRAIN, *queue, *overrides, *self._places(key)], 1)
+            records = [read_record(path) for path in find_records(self.work / key / "runs")]
+            finished = sum(record.status == "finished" for record in records)
+            if finished != self.options.grid_runs:
+                raise RuntimeError(f"{finished} of {self.options.grid_runs} runs are finished")
+            entry = {
+                "options": settings,
+                "processes": count,
+                "runs": finished,
+                "seconds": seconds,
+                "run_seconds": [
+                    (record.training or {})["seconds"] + (record.evaluation or {})["seconds"]
+                    for record in records
+                ],
+            }
+            merge_entry(self.output, "scaling", key, entry)
+
+        return Measurement(key, count, run, is_long=True)
+
+    def _overrides(self, steps: int) -> list[str]:
+        """Of train.py, for a run of so many steps, without folders."""
+        overrides = ["method=matryoshka", f"trainer.max_steps={steps}"]
+        if self.options.model_path is None:
+            return overrides
+        return ["model=smollm2_135m", *overrides, "eval.tasks=[gsm8k:0]"]
+
+    def _places(self, key: str) -> list[str]:
+        """The folders of a run, whose own is emptied: what is finished would not be run."""
+        shutil.rmtree(self.work / key, ignore_errors=True)
+        places = [f"output_dir={self.work / key}"]
+        if self.options.model_path is not None:
+            places += [f"model.path={self.options.model_path}"]
+            if self.options.data_path is not None:
+                places += [f"dataset.path={self.options.data_path}/gsm8k"]
+                places += [f"eval.data_path={self.options.data_path}"]
+        return places
+
+    def only_run(self, key: str) -> RunFolder:
+        """The one run of a work folder. Raises UserError if it is not there."""
+        found = find_records(self.work / key / "runs")
+        if len(found) != 1:
+            raise UserError(f"{self.work / key} holds {len(found)} runs, not one; measure it again")
+        return RunFolder(found[0].parent)
+
+    def start(self, name: str, ids: Sequence[str], command: Sequence[Any], processes: int) -> float:
+        """Run a Python command on these cards; the seconds until its end.
+
+        Raises RuntimeError with the last line of its output if it fails.
+        """
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        log = self.work / "logs" / f"{file_name(name)}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        cores = os.cpu_count() or 1
+        own = {
+            "CUDA_VISIBLE_DEVICES": ",".join(ids),
+            "OMP_NUM_THREADS": str(max(1, cores // max(8, len(ids)))),
         }
-        logger.info("%s: cards %s", name, ", ".join(taken))
-        command = [sys.executable, *(launch if count > 1 else ()), str(SCRIPT), *arguments]
-        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
-    return f"{name}: exit code {code}" if code else None
+        began = time.monotonic()
+        with log.open("wb") as output:
+            done = subprocess.run(
+                [sys.executable, *(launch if processes > 1 else ()), *map(str, command)],
+                env=environment_of_children() | own,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode:
+            error = last_error(log.read_text(errors="replace"))
+            raise RuntimeError(f"exit code {done.returncode}: {error} (see {log})")
+        return time.monotonic() - began
+
+
+def run_all(measurements: Sequence[Measurement], cards: Sequence[str]) -> list[str]:
+    """Run each on cards of its own, side by side where there are enough; what failed.
+
+    First go those that others wait for, then the long ones, then the widest; those that need all
+    cards go last, so that few cards wait for long.
+    """
+    awaited = {each.after for each in measurements}
+    waiting = sorted(
+        measurements,
+        key=lambda each: (
+            each.name not in awaited,
+            each.cards == len(cards),
+            not each.is_long,
+            -each.cards,
+        ),
+    )
+    free, failed = list(cards), []
+    running: dict[Future[object], tuple[Measurement, list[str], float]] = {}
+    with ThreadPoolExecutor(max(1, len(cards))) as pool:
+        while waiting or running:
+            unfinished = {each.name for each in waiting}
+            unfinished |= {each.name for each, _, _ in running.values()}
+            for each in list(waiting):
+                if each.cards <= len(free) and each.after not in unfinished:
+                    waiting.remove(each)
+                    taken, free = free[: each.cards], free[each.cards :]
+                    running[pool.submit(each.run, taken)] = each, taken, time.monotonic()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                each, taken, began = running.pop(future)
+                free += taken
+                error = future.exception()
+                if error is not None:
+                    failed.append(f"{each.name}: {error}")
+                what = f"failed: {error}" if error is not None else "done"
+                seconds = time.monotonic() - began
+                logger.info("%s, cards %s: %.0f s, %s", each.name, ",".join(taken), seconds, what)
+    return failed
 
 
 def main(options: Options) -> int:
     """1 where a measurement failed, else 0.
 
-    Raises UserError for cards that are not there, or no shape.
+    Raises UserError for cards that are not there, or nothing to measure.
     """
     ids = visible_gpus()
-    read_entries(Path(options.output), "training")
     if min(options.gpus, default=0) < 1 or (ids and max(options.gpus) > len(ids)):
         raise UserError(f"gpus={options.gpus} must be numbers from 1 to {len(ids) or 'any'}")
-    if not options.shapes:
-        raise UserError(f"shapes=[] must name at least one of {', '.join(SHAPES)}")
-    cards = Cards(ids or [""] * max(options.gpus))
-    with ThreadPoolExecutor(len(options.gpus) * len(options.shapes)) as pool:
-        asked = [
-            pool.submit(measure, shape, count, options, cards)
-            for count in sorted(options.gpus)
-            for shape in options.shapes
-        ]
-        failed = [error for future in asked if (error := future.result())]
-    entries = read_entries(Path(options.output), "training")
-    print(write_scaling(Path(options.output), entries))
+    for name in ("parts", "shapes", "sweeps"):
+        if not getattr(options, name):
+            raise UserError(f"{name}=[] must name at least one")
+    bench = Bench(options, bool(ids))
+    trains = "losses" in options.parts and 1 in options.gpus
+    if "sweep" in options.parts and RUN in options.sweeps and not trains:
+        bench.only_run(ALONE)
+    plan = bench.plan()
+    logger.info("%d measurements: %s", len(plan), ", ".join(each.name for each in plan) or "none")
+    began = time.monotonic()
+    failed = run_all(plan, ids or [str(number) for number in range(max(options.gpus))])
+    logger.info("all in %.0f s", time.monotonic() - began)
+    print(write_scaling(bench.output, all_entries(bench.output)))
     print(*failed, sep="\n", file=sys.stderr, end="\n" if failed else "")
     return 1 if failed else 0
 
 
+def all_entries(folder: Path) -> dict[str, Any]:
+    """Those of all records in a folder."""
+    return {key: entry for name in BENCHMARKS for key, entry in read_entries(folder, name).items()}
+
+
 def write_scaling(folder: Path, entries: Mapping[str, Any]) -> str:
-    """`scaling.md` of the entries of a training record, and its table."""
+    """`scaling.md` of the entries of all records, and its table."""
 
     def rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-        shape, _, count = key.partition("-x")
-        n = int(count or 1)
-        alone = entries.get(f"{shape} on {entry['device']['name']}", {}).get("systems", {})
-        found = []
-        for system, x in entry["systems"].items():
-            speed, one = (s.get("tokens_per_second") for s in (x, alone.get(system, {})))
-            found.append(
-                {
-                    "shape": shape,
-                    "GPUs": str(n),
-                    "tokens/s": f"{speed:,.0f}" if speed else x["error"].partition(".")[0],
-                    "efficiency": f"{speed / (n * one):.3f}" if speed and one else "",
-                    "peak GiB a GPU": f"{x['peak_gib']:.1f}" if x.get("peak_gib") else "",
-                    "steps": str(x.get("steps", "")),
-                }
-            )
-        return found
+        name, n = _split(key)
+        of_one = name.removesuffix("-split").removesuffix(SHARDED)
+        keys = [f"{alone} on {entry['device']['name']}" for alone in (of_one, f"{of_one}-x1")]
+        alone: dict[str, Any] = next((entries[each] for each in keys if each in entries), {})
+        return [
+            {"measured": name, "GPUs": str(entry.get("processes", n)), **cells}
+            for cells in _cells(name, n, entry, alone)
+        ]
 
     return write_table(folder, "scaling", entries, rows, NOTE)
+
+
+def _split(key: str) -> tuple[str, int]:
+    """`llama3_8b-r32-x2` -> (`llama3_8b-r32`, 2)."""
+    name, cross, count = key.rpartition("-x")
+    return (name, int(count)) if cross and count.isdigit() else (key, 1)
+
+
+def _cells(
+    name: str, n: int, entry: Mapping[str, Any], alone: Mapping[str, Any]
+) -> Iterator[dict[str, str]]:
+    """The rest of each row of an entry. alone: the entry of one GPU; empty where there is none."""
+    if "losses" in entry:
+        yield _row(f"{entry['training_seconds']:.1f} s", notes=_losses_note(entry, alone))
+    elif "runs" in entry:
+        speed = alone["seconds"] / entry["seconds"] if alone else None
+        what = f"{entry['seconds']:.0f} s for {entry['runs']} runs"
+        yield _row(what, speed, n, GOALS["grid"])
+    elif "systems" in entry:
+        for system, x in entry["systems"].items():
+            one = alone.get("systems", {}).get(system, {}).get("tokens_per_second")
+            if (mine := x.get("tokens_per_second")) is None:
+                yield _row("", notes=x["error"].partition(".")[0])
+                continue
+            gib = x.get("peak_gib")
+            yield _row(
+                f"{mine:,.0f} tokens/s", mine / one if one else None, n, GOALS.get(name), gib
+            )
+    else:
+        mine, one = entry["answers_per_second"], alone.get("answers_per_second")
+        what = f"{entry['seconds']:.1f} s, {mine:,.1f} answers/s"
+        note = _sweep_note(entry, alone)
+        yield _row(what, mine / one if one else None, n, GOALS["sweep"], entry["peak_gib"], note)
+
+
+def _row(
+    speed: str,
+    times_one: float | None = None,
+    n: int = 1,
+    goal: float | None = None,
+    gib: float | None = None,
+    notes: str = "",
+) -> dict[str, str]:
+    return {
+        "figure": speed,
+        "x one": f"{times_one:.2f}" if times_one else "",
+        "efficiency": f"{times_one / n:.3f}" if times_one else "",
+        "goal": f"{goal}" if goal and n > 1 else "",
+        "peak GiB a GPU": f"{gib:.1f}" if gib else "",
+        "notes": notes,
+    }
+
+
+def _losses_note(entry: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
+    found = []
+    if alone and len(alone["losses"]) == len(entry["losses"]) and alone is not entry:
+        pairs = zip(entry["losses"], alone["losses"], strict=True)
+        found.append(f"losses differ by {max(abs(a - b) / b for a, b in pairs):.1e} at most")
+    if (same := entry["same_on_all_processes"]) is not None:
+        found.append(f"adapter {'equal' if same else 'NOT EQUAL'} on all processes")
+    return "; ".join(found)
+
+
+def _sweep_note(entry: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
+    """How far the answers, or the values of the rows, are those of one GPU."""
+    if not alone or alone is entry:
+        return ""
+    if "values" not in entry:
+        same = entry.get("answers_sha") == alone.get("answers_sha")
+        return "all answers equal" if same else "some answers differ"
+    mine, others = entry["values"], alone.get("values", {})
+    if mine.keys() != others.keys():
+        return "other rows"
+    apart = max(abs(value - others[key]) for key, value in mine.items() if value is not None)
+    return f"{len(mine)} rows differ by {apart:.1e} at most" if apart else f"{len(mine)} rows equal"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from transformers import (
 
 from matryoshka_lora.cli import as_arguments, option, run_script
 from matryoshka_lora.config import LLAMA_TARGETS, Config, adapter_spec_of, build_method, validate
-from matryoshka_lora.core.adapter import add_adapters
+from matryoshka_lora.core.adapter import adapter_parameters, add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
 from matryoshka_lora.methods import TRAINED
@@ -372,6 +372,8 @@ def measure(options: Options) -> None:
             "processes": processes,
             "matmul_flops": ceiling,
             "model_flops": flops,
+            "trainable": sum(p.numel() for p in adapter_parameters(shape).values()),
+            "parameters": sum(p.numel() for p in shape.parameters()),
             "systems": systems,
         }
         entries = merge_entry(Path(options.output), "training", key_of(options, processes), entry)

@@ -29,10 +29,10 @@ def room_of(module, known):
     return next((place for place in places if place in known), None)
 
 
-def imports(path):
-    """The modules that a file imports, anywhere in it."""
+def imports(path, at_once=False):
+    """The modules that a file imports, anywhere in it, or `at_once`: when it is imported."""
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -72,6 +72,21 @@ def test_the_core_imports_torch_safetensors_and_numpy_alone():
     own = sys.stdlib_module_names | CORE_NEEDS | {"matryoshka_lora"}
     for path in (PACKAGE / "core").glob("*.py"):
         assert {name.partition(".")[0] for name in imports(path)} <= own, path.name
+
+
+def test_loading_a_run_imports_neither_pandas_nor_matplotlib():
+    """Of this package's own files; their imports alone would take more than half a second."""
+    seen, todo = set(), ["matryoshka_lora.loading"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        path = ROOT / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path.is_file() and name.partition(".")[0] == "matryoshka_lora":
+            parents = [name.rpartition(".")[0]] if "." in name else []
+            todo += {*imports(path, at_once=True), *parents} - seen
+    assert "matryoshka_lora.core.adapter" in seen and "transformers" in seen
+    assert not {name.partition(".")[0] for name in seen} & {"pandas", "matplotlib"}
 
 
 def test_method_names_stand_in_methods_alone():

@@ -2,11 +2,21 @@
 
 import json
 import sys
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from benchmark_common import gsm8k_lengths, run_each, training_flops, write_table
+from benchmark_common import (
+    gsm8k_lengths,
+    merge_entry,
+    run_each,
+    settings_of,
+    training_flops,
+    write_table,
+)
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
@@ -19,6 +29,7 @@ from matryoshka_lora.runs.provenance import environment
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_scaling as scaling  # noqa: E402
 import benchmark_training as script  # noqa: E402
+import project_scaling as projection  # noqa: E402
 
 
 def main(arguments):
@@ -164,11 +175,101 @@ def test_the_efficiency_of_n_cards_is_a_share_of_n_times_one(tmp_path):
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in scaling.write_scaling(tmp_path, entries).splitlines()[2:]
     ]
-    assert [line[:4] for line in lines] == [
-        ["big-r32", "1", "1,000", "1.000"],
-        ["big-r32", "2", "1,900", "0.950"],
-        ["big-r32", "2", "no memory", ""],
-        ["big-r32", "2", "1,900", ""],
+    assert [[*line[:5], line[7]] for line in lines] == [
+        ["big-r32", "1", "1,000 tokens/s", "1.00", "1.000", ""],
+        ["big-r32", "2", "1,900 tokens/s", "1.90", "0.950", ""],
+        ["big-r32", "2", "", "", "", "no memory"],
+        ["big-r32", "2", "1,900 tokens/s", "", "", ""],
+    ]
+
+
+def test_the_scaling_table_has_every_kind_of_measurement(tmp_path):
+    where = {"device": {"name": "A"}, "git": None, "versions": {"torch": "2"}}
+    trained = {"ours": {"tokens_per_second": 1000.0}}
+    losses = {"training_seconds": 9.0, "same_on_all_processes": None}
+    swept = {"answers_per_second": 10.0, "seconds": 8.0, "peak_gib": None}
+    entries = {
+        "big": {"systems": trained},
+        "big-sharded-x4": {"systems": {"ours": {"tokens_per_second": 3000.0}}},
+        "losses-x1": losses | {"losses": [2.0, 1.0]},
+        "losses-x2": losses | {"losses": [2.0, 1.25], "same_on_all_processes": True},
+        "losses-split": losses | {"losses": [2.0, 1.5]},
+        "shape-3shot-9": swept | {"answers_sha": "1"},
+        "shape-3shot-9-x2": swept | {"answers_per_second": 18.0, "answers_sha": "2"},
+        "run-0shot-9": swept | {"values": {"8 prefix acc": 0.5}},
+        "run-0shot-9-x2": swept | {"values": {"8 prefix acc": 0.75}},
+        "grid-x1": {"runs": 8, "seconds": 70.0},
+        "grid-x2": {"runs": 8, "seconds": 40.0},
+    }
+    entries = {f"{key} on A": entry | where for key, entry in entries.items()}
+    table = scaling.write_scaling(tmp_path, entries)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    efficiency = {(line[0], line[1]): (line[4], line[7]) for line in cells[2:]}
+    assert efficiency == {
+        ("big", "1"): ("1.000", ""),
+        ("big-sharded", "4"): ("0.750", ""),
+        ("losses", "1"): ("", ""),
+        ("losses", "2"): (
+            "",
+            "losses differ by 2.5e-01 at most; adapter equal on all processes",
+        ),
+        ("losses-split", "1"): ("", "losses differ by 5.0e-01 at most"),
+        ("shape-3shot-9", "1"): ("1.000", ""),
+        ("shape-3shot-9", "2"): ("0.900", "some answers differ"),
+        ("run-0shot-9", "1"): ("1.000", ""),
+        ("run-0shot-9", "2"): ("0.500", "1 rows differ by 2.5e-01 at most"),
+        ("grid", "1"): ("1.000", ""),
+        ("grid", "2"): ("0.875", ""),
+    }
+
+
+def test_measurements_get_cards_of_their_own_and_what_needs_all_goes_last():
+    log, lock = [], threading.Lock()
+
+    def measurement(name, cards, **more):
+        def run(ids):
+            with lock:
+                log.append((name, "began", set(ids)))
+            time.sleep(0.05)
+            with lock:
+                log.append((name, "ended", set(ids)))
+            if name == "b":
+                raise RuntimeError("no memory")
+
+        return scaling.Measurement(name, cards, run, **more)
+
+    asked = [measurement(name, 1) for name in "ab"]
+    asked += [measurement("late", 1, after="a"), measurement("long", 1, is_long=True)]
+    asked += [measurement("two", 2), measurement("all", 3)]
+    assert scaling.run_all(asked, ["0", "1", "2"]) == ["b: no memory"]
+    order = [name for name, what, _ in log if what == "began"]
+    assert {*order[:3]} == {"a", "long", "b"} and order[-1] == "all" and len(order) == 6
+    held = {}
+    for name, what, ids in log:
+        if what == "ended":
+            del held[name]
+            continue
+        assert name != "late" or ("a", "ended") in [entry[:2] for entry in log]
+        assert not any(ids & others for others in held.values())
+        held[name] = ids
+
+
+def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, monkeypatch):
+    given = {"gpus": [1, 2], "parts": ["training"], "shapes": ["tiny-r32"]}
+    options = scaling.Options(**given, output=str(tmp_path), work=str(tmp_path))
+
+    def names(**changed):
+        return [m.name for m in scaling.Bench(replace(options, **changed), False).plan()]
+
+    assert names() == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    measured = script.Options(
+        shape="tiny", rank=32, methods=["matryoshka"], baselines=[], steps=options.steps
+    )
+    merge_entry(tmp_path, "training", "x-x2", {"options": settings_of(measured), "processes": 2})
+    assert names() == ["tiny-r32 on 1"] and names(again=True) == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    assert names(steps=7) == ["tiny-r32 on 1", "tiny-r32 on 2"]
+    assert names(parts=["losses", "grid"], gpus=[1, 2, 4]) == [
+        *("losses-split", "losses-x1", "losses-x2", "losses-x4", "grid-x1", "grid-x4")
     ]
 
 
@@ -178,3 +279,70 @@ def test_scaling_refuses_what_is_not_there(tmp_path, monkeypatch, asked):
     options = scaling.Options(**{"gpus": [1], "output": str(tmp_path)} | asked)
     with pytest.raises(UserError, match=next(iter(asked))):
         scaling.main(options)
+
+
+def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsys):
+    """1e9 trainable parameters: 4 GB, of which 4 GPUs move 6 GB over each link in 0.06 s."""
+    monkeypatch.setattr(
+        projection, "gsm8k_lengths", lambda n: np.full((n, 2), 50), raising=True
+    )  # 3 epochs of 7473 records are 2,241,900 tokens
+    where = {"git": None, "versions": {"torch": "2"}, "device": {"name": "A"}}
+
+    def trained(n, step, gib, base=8e9):
+        system = {
+            "tokens_per_second": n * 5000 / step,
+            "steps": 10,
+            "seconds": 10 * step,
+            "peak_gib": gib,
+        }
+        counts = {"trainable": int(1e9), "parameters": int(base + 1e9)}
+        return {"processes": n, "systems": {"matryoshka": system}} | counts | where
+
+    swept = {"points": "9", "answers_per_second": 1.0, "seconds": 240.0} | where
+    entries = {
+        "training": {
+            "big-r8 on A": trained(1, 0.30, 40.0),
+            "big-r8-x4 on A": trained(4, 0.36, 40.0),
+            "big-r8-sharded-x4 on A": trained(4, 0.50, 30.0),
+        },
+        "sweep": {
+            "big-r8-3shot-9 on A": swept,
+            "big-r8-3shot-9-x4 on A": swept | {"answers_per_second": 3.2, "processes": 4},
+        },
+    }
+    for name, found in entries.items():
+        content = {"schema": 2, "benchmark": name, "entries": found}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    folders = [f"folder={tmp_path}", f"sweeps={tmp_path}"]
+    projection.main(parse_options(projection.Options, [*folders, "networks=[100,10]"]))
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
+    # 6 GB / 0.06 s = 100 GB/s; 8 GPUs move 7 GB, 64 move 7.875 GB.
+    whole = [row[3:6] + row[7:] for row in rows if row[0] == "big-r8"]
+    assert [row[:3] for row in whole] == [
+        ["100", "0.370", "0.070"],
+        ["100", "0.379", "0.079"],
+        ["10", "1.087", "0.787"],
+    ]
+    speed = 8 * 5000 / 0.37
+    training, sweep = 2_241_900 / speed, 240 / (8 * 0.8)
+    assert whole[0][3:] == [
+        f"{speed:,.0f}",
+        f"{0.3 / 0.37:.2f} of that of 1",
+        "40.0",
+        f"{training:.1f}",
+        f"{sweep:.1f}",
+        f"{sweep / (sweep + training):.0%}",
+    ]
+    # Gathers are 2 * 7/8 * 16 GB at 100 GB/s: less than the step of 4; over 10 GB/s they are more.
+    sharded = [row for row in rows if row[0] == "big-r8-sharded"]
+    assert [row[4:7] for row in sharded] == [
+        [f"{0.5 + 0.01:.3f}", "0.070", "0.280"],
+        [f"{0.5 + 0.01875:.3f}", "0.079", "0.315"],
+        [f"{3.15 + 0.7275:.3f}", "0.787", "3.150"],
+    ]
+    held = 30 - 16e9 * (1 / 4 - 1 / 8) / 2**30
+    assert sharded[0][9] == f"{held:.1f}"
+    assert "Computed, not measured" in (tmp_path / "projection.md").read_text()

@@ -1,5 +1,6 @@
 """The GPU queue, its Hydra launcher, and Slurm through a stand-in sbatch."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -100,7 +101,7 @@ def test_outcomes_bring_more_jobs_also_to_slots_that_have_none(tmp_path):
         )
 
 
-def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_path):
+def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_path, caplog):
     """The process is the same until it is killed, and the job that killed it gets another try."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -116,6 +117,7 @@ def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_pat
     kinds = ["fine", "error", "once", "always", "fine"]
     jobs = [Job(f"{i}{kind}", (kind, str(tmp_path / str(i)))) for i, kind in enumerate(kinds)]
     outcomes = run_jobs(jobs, gpu_slots(1), script, tmp_path / "logs")
+    assert caplog.messages.count("killed by signal 9, is run again: 2once") == 1
     errors = [outcome.error for outcome in outcomes]
     assert errors[0] is errors[2] is errors[4] is None
     assert errors[1] == "exit code 1: RuntimeError: of this job"
@@ -126,6 +128,43 @@ def test_a_worker_takes_all_jobs_of_its_slot_and_is_replaced_when_killed(tmp_pat
     )
     assert first == failed == once[:1] and once[1:] == always[:1]
     assert len({*first, *once, *always, *last}) == 4 and len(once) == len(always) == 2
+
+
+def test_a_card_that_fails_is_left_out_and_its_job_goes_to_another(tmp_path, caplog):
+    """GPU 0 breaks under its first job, GPU 1 under none; job 2 fails on its own account."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "print('on', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "if os.environ['CUDA_VISIBLE_DEVICES'] in sys.argv[2]:\n"
+        "    sys.exit('error: CUDA error: an illegal memory access was encountered')\n"
+        "if sys.argv[1] == '2':\n"
+        "    sys.exit('error: CUDA out of memory')\n"
+    )
+    slots = [dataclasses.replace(slot, gpus=(str(i),)) for i, slot in enumerate(gpu_slots(2))]
+    asked = []
+
+    def run(broken):
+        def card_error(slot):
+            asked.append(slot.name)
+            return "CUDA error: unspecified launch failure" if slot.gpus[0] in broken else None
+
+        jobs = [Job(f"{broken}{i}", (str(i), broken)) for i in range(4)]
+        return run_jobs(jobs, slots, script, tmp_path / "logs", card_error=card_error)
+
+    outcomes = run("0")
+    failed = "exit code 1: CUDA out of memory"
+    assert [o.error for o in outcomes] == [None, None, failed, None]
+    assert sorted(asked) == ["GPU 0", "GPU 1"]
+    assert sum("on 0" in o.log.read_text() for o in outcomes) == 1
+    assert all("on 1" in o.log.read_text() for o in outcomes)
+    left_out = "GPU 0 left out (CUDA error: unspecified launch failure); back to the queue: 0"
+    assert sum(left_out in message for message in caplog.messages) == 1
+
+    outcomes = run("01")
+    assert len(outcomes) == 4
+    assert all(o.error and o.error.startswith("no GPU is left that works (") for o in outcomes)
+    assert all("error: no GPU is left" in o.log.read_text() for o in outcomes)
 
 
 def test_a_log_keeps_older_attempts_and_shown_output_is_logged_too(tmp_path, capfdbinary):
@@ -141,6 +180,7 @@ def test_a_log_keeps_older_attempts_and_shown_output_is_logged_too(tmp_path, cap
 
 def test_last_error_prefers_the_line_that_says_error():
     assert last_error("start\nerror: wrong key\nsome more\n") == "wrong key"
+    assert last_error("error in process 1: no file\nTraceback\n") == "no file"
     assert last_error("Traceback\nKeyError: 1\n") == "KeyError: 1"
     assert last_error("") == "no output"
 

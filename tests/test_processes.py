@@ -50,6 +50,7 @@ def test_two_processes_equal_one(tmp_path, method):
     ((reference, one),) = records(tmp_path / "one").items()
     assert tuple(r.training_device["processes"] for r in (two, one)) == (2, 1)
     np.testing.assert_allclose(losses(path.parent), losses(reference.parent), rtol=1e-5)
+    assert two.training["same_on_all_processes"] and "same_on_all_processes" not in one.training
     on_the_way = [r.training["validation"]["losses"] for r in (two, one)]
     np.testing.assert_allclose(*on_the_way, rtol=1e-5)
     ours, theirs = (
@@ -278,6 +279,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from matryoshka_lora.config import build_method
 from matryoshka_lora.methods import TRAINED
+from matryoshka_lora.training.gradients import are_same_on_all_processes
 from matryoshka_lora.training.loop import fit
 
 accelerator = Accelerator(cpu=True)
@@ -295,6 +297,8 @@ for name in TRAINED:
     whole = fitted(folder / "whole", config)
     other = whole.clone()
     torch.distributed.broadcast(other, 0)
+    parameters = {"x": torch.nn.Parameter(whole + 1e-9 * accelerator.process_index)}
+    assert not are_same_on_all_processes(parameters, accelerator)
     assert torch.equal(whole, other), name
     assert relative(whole, torch.load(folder / "alone" / "factors.pt")) < 1e-4, name
     checkpoints = sorted((folder / "whole" / "checkpoints").glob("*.pt"))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -33,15 +34,31 @@ GRACE, PATIENCE = 2.0, 30.0
 LOOK = 0.2
 # How often a job is started whose process is killed, by the system for want of memory, say.
 ATTEMPTS = 2
+# How a line begins that says why a job, or a process of it, has failed.
+ERROR = re.compile(r"error( in process \d+)?: ")
+# What the output of a job that failed on its card's account names.
+OF_THE_CARD = re.compile("CUDA|NCCL|cuDNN|NVML")
+# What a card has to be able to do, and the seconds it gets for it.
+PROBE = """\
+import torch
+for i in range(torch.cuda.device_count() or 1):
+    x = torch.ones(256, 256, device=f"cuda:{i}")
+    assert (x @ x).eq(256).all(), "a wrong product"
+"""
+PROBE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one job at a time runs on: `processes` > 1 are started by torchrun, one a GPU."""
+    """What one job at a time runs on: `processes` > 1 are started by torchrun, one a GPU.
+
+    gpus: the ids of its GPUs, which other slots may share; none of a slot without.
+    """
 
     name: str
     environment: Mapping[str, str]
     processes: int = 1
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,12 +135,13 @@ def find_slots(
     for worker in range(workers_per_gpu):
         for share in shares:
             names = ",".join(share)
-            environment = {"CUDA_VISIBLE_DEVICES": names}
+            # With the second, torch fails on a card that does not start, instead of using the CPU.
+            environment = {"CUDA_VISIBLE_DEVICES": names, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
             if workers_per_gpu > 1:
                 threads = max(1, (os.cpu_count() or 1) // (len(shares) * workers_per_gpu))
                 environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
             name = f"GPU {names}" + (f" worker {worker}" if workers_per_gpu > 1 else "")
-            slots.append(Slot(name, environment, len(share)))
+            slots.append(Slot(name, environment, len(share), tuple(share)))
     return slots
 
 
@@ -146,6 +164,21 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in given.split(",")][:count]
 
 
+def card_error(slot: Slot) -> str | None:
+    """Why a GPU of the slot cannot be used, as a new process finds; None where all can be."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env={**environment_of_children(), **slot.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {PROBE_SECONDS:.0f} s"
+    return last_error(done.stderr.decode(errors="replace")) if done.returncode else None
+
+
 def run_jobs(
     jobs: Sequence[Job],
     slots: Sequence[Slot],
@@ -154,61 +187,87 @@ def run_jobs(
     *,
     show: bool = False,
     more: Callable[[Outcome], Sequence[Job]] | None = None,
+    card_error: Callable[[Slot], str | None] = card_error,
 ) -> list[Outcome]:
     """Run every job, as many at a time as there are slots; a failed one does not stop the others.
 
     logs: folder for the jobs' output, appended to `<job name>.log`; `show` prints it here as well.
     more: called with each outcome, in one thread at a time; the jobs that it returns are run, too.
+    card_error: asked where a job was killed on a slot with GPUs, or failed with a word of CUDA. If
+    it finds an error, the slot's GPUs get no other job and the job goes back to the queue.
     A job whose process is killed gets ATTEMPTS in all. An interrupt (Ctrl-C or SIGTERM) ends the
     running jobs, starts no other and raises KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs)
-    taken = 0
+    waiting = deque(range(len(jobs)))
     running: set[Worker] = set()
-    # Also wakes those that wait for a job that another one may bring.
+    # Also wakes those that wait for a job that another one may bring, or leave.
     lock = threading.Condition()
     stopping = threading.Event()
     done: dict[int, Outcome] = {}
+    kills: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
+    """Of the attempts so far."""
+    broken: dict[str, str] = {}
+    """GPU -> what is wrong with it."""
 
-    def take() -> int | None:
+    def take(slot: Slot) -> int | None:
         """The next job's number; None where there is none and no running one can bring any."""
-        nonlocal taken
         with lock:
-            if more is not None:
-                lock.wait_for(lambda: stopping.is_set() or taken < len(jobs) or len(done) == taken)
-            if stopping.is_set() or taken == len(jobs):
+            lock.wait_for(lambda: stopping.is_set() or waiting or len(done) == len(jobs))
+            if stopping.is_set() or not waiting or broken.keys() & set(slot.gpus):
                 return None
-            taken += 1
-            return taken - 1
+            return waiting.popleft()
+
+    def goes_back(number: int, worker: Worker, code: int, text: str) -> bool:
+        """Whether a job that has failed is to be run again, because of its card or a kill."""
+        slot, name = worker.slot, jobs[number].name
+        if slot.gpus and (code < 0 or OF_THE_CARD.search(text)):
+            worker.close()  # a GPU may be one process's alone
+            if (found := card_error(slot)) is not None:
+                broken.update(dict.fromkeys(slot.gpus, found))
+                logger.error("%s left out (%s); back to the queue: %s", slot.name, found, name)
+                return True
+        if code < 0:
+            kills[number] += 1
+            if kills[number] < ATTEMPTS:
+                logger.warning("killed by signal %d, is run again: %s", -code, name)
+                return True
+        return False
 
     def serve(slot: Slot) -> None:
         worker = Worker(slot, script)
         try:
-            while (number := take()) is not None:
+            while (number := take(slot)) is not None:
                 job = jobs[number]
                 log = logs / f"{file_name(job.name)}.log"
                 began = time.monotonic()
                 start = log.stat().st_size if log.exists() else 0  # behind an earlier attempt's
-                for _ in range(ATTEMPTS):
-                    with lock:
-                        if stopping.is_set():
-                            return
-                        worker.start(job, log)
-                        running.add(worker)
-                    logger.info("started on %s: %s -> %s", slot.name, job.name, log)
-                    code = worker.wait(log, show)
-                    if code >= 0 or stopping.is_set():  # below 0: killed by a signal
-                        break
-                text = log.read_bytes()[start:].decode(errors="replace")
-                error = None if code == 0 else f"exit code {code}: {last_error(text)}"
-                outcome = Outcome(job, log, time.monotonic() - began, error)
                 with lock:
-                    if more is not None and not stopping.is_set():
-                        jobs.extend(more(outcome))
-                    done[number] = outcome
-                    if not stopping.is_set():
-                        _report(outcome, len(done), len(jobs))
+                    if stopping.is_set():
+                        return
+                    worker.start(job, log)
+                    running.add(worker)
+                logger.info("started on %s: %s -> %s", slot.name, job.name, log)
+                code = worker.wait(log, show)
+                seconds[number] += time.monotonic() - began
+                text = log.read_bytes()[start:].decode(errors="replace")
+                failed = code != 0 and not stopping.is_set()
+                again = failed and goes_back(number, worker, code, text)
+                error = None if code == 0 else f"exit code {code}: {last_error(text)}"
+                outcome = Outcome(job, log, seconds[number], error)
+                with lock:
+                    if again:
+                        waiting.appendleft(number)
+                    else:
+                        if more is not None and not stopping.is_set():
+                            new = more(outcome)
+                            waiting.extend(range(len(jobs), len(jobs) + len(new)))
+                            jobs.extend(new)
+                        done[number] = outcome
+                        if not stopping.is_set():
+                            _report(outcome, len(done), len(jobs))
                     lock.notify_all()
         finally:
             if not stopping.is_set():
@@ -220,8 +279,7 @@ def run_jobs(
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with ThreadPoolExecutor(len(slots)) as pool:
-            useful = slots if more is not None else slots[: len(jobs)]
-            served = [pool.submit(serve, slot) for slot in useful]
+            served = [pool.submit(serve, slot) for slot in slots]
             try:
                 for future in as_completed(served):
                     future.result()
@@ -233,6 +291,14 @@ def run_jobs(
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
+    left = "; ".join(f"GPU {gpu}: {found}" for gpu, found in broken.items())
+    for number in waiting:
+        job, error = jobs[number], f"no GPU is left that works ({left})"
+        log = logs / f"{file_name(job.name)}.log"
+        with log.open("a") as output:
+            print(f"error: {error}", file=output)
+        done[number] = Outcome(job, log, seconds[number], error)
+        _report(done[number], len(done), len(jobs))
     return [done[number] for number in sorted(done)]
 
 
@@ -340,7 +406,7 @@ def file_name(name: str) -> str:
 def last_error(text: str) -> str:
     """The last line that starts with `error:`, without that word, or else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
+    errors = [ERROR.sub("", line, count=1) for line in lines if ERROR.match(line)]
     return (errors or lines or ["no output"])[-1]
 
 

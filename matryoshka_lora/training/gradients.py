@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from matryoshka_lora.core.layer import RANK_AXIS
@@ -45,6 +46,16 @@ def sum_over_processes(parameters: Parameters, loss: Tensor, accelerator: Accele
         sizes = [part.numel() for part in parts]
         for part, summed in zip(parts, total.split(sizes), strict=True):
             part.copy_(summed)
+
+
+def are_same_on_all_processes(parameters: Parameters, accelerator: Accelerator) -> bool:
+    """Whether all processes hold the parameters of the first one, bit for bit."""
+    values = [parameter.detach() for parameter in parameters.values()]
+    equal = torch.ones((), device=values[0].device)
+    for parts in _messages(values, MESSAGE_BYTES // torch.float32.itemsize):
+        mine = torch.cat(parts)
+        equal *= torch.equal(mine, broadcast(mine.clone()))
+    return int(accelerator.reduce(equal, "sum")) == accelerator.num_processes
 
 
 def add_penalty(hooks: Hooks) -> None:

@@ -26,6 +26,7 @@ from matryoshka_lora.training.forwards import (
 )
 from matryoshka_lora.training.gradients import (
     add_penalty,
+    are_same_on_all_processes,
     block_norms,
     clip,
     rank_square_norms,
@@ -157,6 +158,10 @@ def fit(
     optimizer.zero_grad(set_to_none=True)
     summary = log.summary(peak_gib(device, graphs is not None))
     summary["cuda_graphs"] = graphs is not None
+    if accelerator.num_processes > 1:
+        summary["same_on_all_processes"] = are_same_on_all_processes(parameters, accelerator)
+        if not summary["same_on_all_processes"]:
+            logger.warning("the processes ended with different adapters; the first one's is kept")
     if switched_off:
         summary["dropout_switched_off"] = switched_off
     if validated := [entry for entry in log.entries if "validation_loss" in entry]:

@@ -1,0 +1,239 @@
+"""What 8 and 64 GPUs would cost, from what benchmark_scaling.py measured on fewer.
+
+    python scripts/project_scaling.py [folder=results/benchmarks/scaling]
+
+A step on n GPUs, 32 samples on each, by what was measured on one and on m, the most:
+
+- All-reduce: the adapter's gradient in float32, 4 bytes a trainable parameter, of which a ring
+  moves 2 (n - 1) / n times as much over each GPU's link. The link's bandwidth is what explains that
+  the step of m is longer than that of one: all that differs counts as communication.
+- Whole base: the step of one GPU and the all-reduce.
+- Sharded base: each GPU gathers (n - 1) / n of the base twice, for the forward and the backward
+  pass, while it computes. The step is that of m, or the gathers where they take longer, and what
+  the all-reduce takes more than on m. The link is the slowest of the shapes with a whole base.
+- Several hosts of 8 GPUs: all of this at the network's bandwidth into a host, where that is less.
+- Memory: the measured peak; of a sharded base, a smaller part is held.
+- Sweep: that of one GPU, 9 ranks of GSM8K 3-shot, by n and the lowest efficiency of a sweep on m.
+  Its share is that of one sweep in it and three epochs, both without starts.
+
+Writes `<folder>/projection.md`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from benchmark_common import COMMITTED, gsm8k_lengths, read_entries
+
+from matryoshka_lora.cli import option, run_script
+from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.files import write_atomically
+
+SHARDED = "-sharded"
+SYSTEM = "matryoshka"
+HOST = 8  # GPUs
+EPOCHS, RECORDS = 3, 7473
+GRADIENT_BYTES, BASE_BYTES = 4, 2  # float32, bf16
+GIGA = 1e9
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    folder: str = option(f"{COMMITTED}/scaling", "with training.json and sweep.json")
+    sweeps: str = option(COMMITTED, "folder with the sweep.json of larger models on one GPU")
+    gpus: list[int] = option([8, 64], "how many")
+    networks: list[float] = option(
+        [400.0, 50.0], "GB/s into a host; 400: a card of 400 Gbit/s for each GPU"
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A shape on some GPUs, by one system of its entry."""
+
+    processes: int
+    step: float
+    """Seconds."""
+    tokens: float
+    """Of a step, on all GPUs."""
+    peak: float
+    """Bytes on a GPU; NaN where there is none."""
+    trainable: int
+    base: int
+    """Parameters of the base."""
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> "Measured | None":
+        """None for an entry without figures, or of an older version."""
+        x = entry["systems"].get(SYSTEM, {})
+        if "tokens_per_second" not in x or "trainable" not in entry:
+            return None
+        step = x["seconds"] / x["steps"]
+        return Measured(
+            entry.get("processes", 1),
+            step,
+            x["tokens_per_second"] * step,
+            (x["peak_gib"] or math.nan) * 2**30,
+            entry["trainable"],
+            entry["parameters"] - entry["trainable"],
+        )
+
+    def all_reduce_bytes(self, n: int) -> float:
+        """Over each GPU's link in a step of n."""
+        return 2 * (n - 1) / n * GRADIENT_BYTES * self.trainable
+
+    def gather_bytes(self, n: int) -> float:
+        """Likewise, of a sharded base."""
+        return 2 * (n - 1) / n * BASE_BYTES * self.base
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on n GPUs, in seconds. `gathers` run beside the computation; 0 without sharding."""
+
+    seconds: float
+    all_reduce: float
+    gathers: float
+    peak: float
+
+
+def bandwidth_of(one: Measured, most: Measured) -> float:
+    """Bytes a second over a GPU's link, at which the all-reduce takes what `most` takes longer."""
+    longer = most.step - one.step
+    return most.all_reduce_bytes(most.processes) / longer if longer > 0 else math.inf
+
+
+def whole(one: Measured, n: int, bandwidth: float) -> Step:
+    """The step on n GPUs that each hold the base."""
+    all_reduce = one.all_reduce_bytes(n) / bandwidth
+    return Step(one.step + all_reduce, all_reduce, 0.0, one.peak)
+
+
+def sharded(most: Measured, n: int, bandwidth: float, bandwidth_of_most: float) -> Step:
+    """The step on n GPUs that share the base, by one on fewer."""
+    m = most.processes
+    all_reduce = most.all_reduce_bytes(n) / bandwidth
+    gathers = most.gather_bytes(n) / bandwidth
+    more = all_reduce - most.all_reduce_bytes(m) / bandwidth_of_most
+    peak = most.peak - BASE_BYTES * most.base * (1 / m - 1 / n)
+    return Step(max(most.step, gathers) + max(more, 0.0), all_reduce, gathers, peak)
+
+
+def rows_of(
+    shapes: Mapping[str, Mapping[int, Measured]],
+    sweeps: Mapping[str, float],
+    sweep_efficiency: float | None,
+    options: Options,
+) -> Iterator[dict[str, str]]:
+    """A row for each shape, number of GPUs and network.
+
+    shapes: name -> processes -> what was measured. sweeps: model -> seconds on one GPU.
+    """
+    links = [
+        bandwidth_of(by_count[1], by_count[max(by_count)])
+        for name, by_count in shapes.items()
+        if not name.endswith(SHARDED) and 1 in by_count and len(by_count) > 1
+    ]
+    for name, by_count in shapes.items():
+        most = by_count[max(by_count)]
+        is_sharded = name.endswith(SHARDED)
+        if len(by_count) > 1 and not is_sharded and 1 in by_count:
+            link = bandwidth_of(by_count[1], most)
+        elif links and is_sharded:
+            link = min(links)
+        else:
+            continue
+        reference = by_count.get(1, most)
+        sweep_of_one = sweeps.get(name.partition("-")[0])
+        for n in options.gpus:
+            for network in options.networks if n > HOST else [math.inf]:
+                bandwidth = min(link, network * GIGA)
+                step = (
+                    sharded(most, n, bandwidth, link)
+                    if is_sharded
+                    else whole(by_count[1], n, bandwidth)
+                )
+                speed = most.tokens / most.processes * n / step.seconds
+                one = reference.tokens / reference.processes / reference.step
+                training = EPOCHS * gsm8k_lengths(RECORDS).sum() / speed
+                sweep = None
+                if sweep_of_one is not None and sweep_efficiency is not None:
+                    sweep = sweep_of_one / (n * sweep_efficiency)
+                yield {
+                    "shape": name,
+                    "GPUs": str(n),
+                    "network GB/s": f"{network:.0f}" if n > HOST else "",
+                    "link GB/s": f"{bandwidth / GIGA:.0f}" if bandwidth < math.inf else "",
+                    "step s": f"{step.seconds:.3f}",
+                    "all-reduce s": f"{step.all_reduce:.3f}",
+                    "gathers s": f"{step.gathers:.3f}" if is_sharded else "",
+                    "tokens/s": f"{speed:,.0f}",
+                    "speed a GPU": f"{speed / (n * one):.2f} of that of {reference.processes}",
+                    "GiB a GPU": f"{step.peak / 2**30:.1f}" if step.peak > 0 else "",
+                    "3 epochs s": f"{training:.1f}",
+                    "sweep s": f"{sweep:.1f}" if sweep is not None else "",
+                    "sweep's share": f"{sweep / (sweep + training):.0%}" if sweep else "",
+                }
+
+
+def read(options: Options) -> tuple[dict[str, dict[int, Measured]], dict[str, float], float | None]:
+    """The shapes, sweeps and efficiency of a sweep that `rows_of` takes.
+
+    Of one card, the one with the most entries.
+    """
+    training = read_entries(Path(options.folder), "training")
+    cards = [entry["device"]["name"] for entry in training.values()]
+    if not cards:
+        raise UserError(f"folder={options.folder} has no training.json; measure first")
+    card = max(sorted(set(cards)), key=cards.count)
+    shapes: dict[str, dict[int, Measured]] = {}
+    for key, entry in training.items():
+        name, of, on = key.partition(" on ")
+        found = Measured.of(entry)
+        if on == card and found is not None:
+            shape = name.removesuffix(f"-x{found.processes}")
+            shapes.setdefault(shape, {})[found.processes] = found
+    for shape, by_count in shapes.items():
+        if shape.endswith(SHARDED) and (one := shapes.get(shape.removesuffix(SHARDED), {}).get(1)):
+            by_count[1] = one
+    swept = read_entries(Path(options.folder), "sweep")
+    rates: dict[str, dict[int, float]] = {}
+    for key, entry in swept.items():
+        name, _, on = key.partition(" on ")
+        if on == card:
+            n = entry.get("processes", 1)
+            rates.setdefault(name.removesuffix(f"-x{n}"), {})[n] = entry["answers_per_second"]
+    efficiencies = [
+        rate[max(rate)] / (max(rate) * rate[1])
+        for rate in rates.values()
+        if 1 in rate and len(rate) > 1
+    ]
+    others = read_entries(Path(options.sweeps), "sweep").items()
+    sweeps = {
+        key.partition("-")[0]: entry["seconds"]
+        for key, entry in sorted([*others, *swept.items()], key=lambda item: card in item[0])
+        if "-3shot-" in key and entry.get("processes", 1) == 1 and "of the" not in entry["points"]
+    }
+    return shapes, sweeps, min(efficiencies, default=None)
+
+
+def main(options: Options) -> None:
+    """Raises UserError where nothing was measured."""
+    rows = list(rows_of(*read(options), options))
+    if not rows:
+        raise UserError(f"folder={options.folder}: no shape was measured on one GPU and on more")
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    note = (__doc__ or "").partition("A step on n GPUs")
+    text = f"Computed, not measured (`scripts/project_scaling.py`). {note[1]}{note[2]}"
+    text = text.partition("\nWrites")[0]
+    write_atomically(Path(options.folder) / "projection.md", f"{text}\n{table}\n".encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, Options)
