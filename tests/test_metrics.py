@@ -119,3 +119,25 @@ def test_a_constant_difference_has_no_spread():
 def test_bootstrap_refuses(values, options, words):
     with pytest.raises(ValueError, match=words):
         bootstrap_intervals(values, **options)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_intervals_over_few_seeds_cover_the_truth(seeds, spread):
+    """300 experiments whose true mean is 0; the seeds' deviation is `spread` times the documents'.
+
+    Without widening, 3 seeds that spread far cover it in 87 % of these experiments.
+    """
+    rng, documents, covered = np.random.default_rng(7), 100, 0
+    for number in range(300):
+        own = rng.normal(0, spread / np.sqrt(documents), (seeds, 1))
+        line = rng.normal(size=documents) + own + rng.normal(0, 0.3, (seeds, documents))
+        low, high = bootstrap.interval(bootstrap.resampled_means([line], seed=number)[0])
+        covered += low <= 0 <= high
+    assert covered / 300 > 0.93
+
+
+def test_one_seed_is_resampled_over_documents_alone():
+    scores = np.arange(12.0)[None]
+    drawn = bootstrap.resampled_means([scores], samples=4000)[0]
+    np.testing.assert_allclose(bootstrap.interval(drawn), bootstrap_intervals(scores)[0], atol=0.15)
