@@ -345,10 +345,12 @@ class Recorder:
         self.began: float | None = None
         self.outputs: Answers = {}
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Outputs:
         """See `Engine.run`."""
         self.began = self.began or time.perf_counter()
-        for index, output in self.engine.run(jobs):
+        for index, output in self.engine.run(jobs, parts):
             self.outputs[jobs[index]] = output
             yield index, output
 
