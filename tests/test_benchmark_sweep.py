@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_common import fill_factors
-from conftest import TARGETS
+from conftest import ROOT, TARGETS
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options
 from matryoshka_lora.config import Config, ModelConfig
@@ -122,6 +124,8 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     output = [f"output={tmp_path / 'benchmarks'}", "baseline_documents=2"]
     shape = ["shape=tiny", "shots=0", "rank=4", "ranks=[1,4]", "documents=3", "batch_size=2"]
     assert main(benchmark, [*shape, *output]) == 0
+    few = ["documents=2" if option == "documents=3" else option for option in shape]
+    assert main(benchmark, [*few, *output, "baseline=false"]) == 0
     config = Config(output_dir=str(tmp_path))
     config.trainer.max_steps, config.dataset.limit, config.adapter.rank = 2, 64, 2
     config.eval.rules = ["prefix", "svd"]
@@ -134,6 +138,8 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     device = environment()["device"]["name"]
     assert all(key.endswith(f" on {device}") for key in entries)
     entries = {key.removesuffix(f" on {device}"): entry for key, entry in entries.items()}
+    alone = entries.pop("tiny-r4-0shot-2")
+    assert alone["processes"] == 1 and alone["seconds"] > 0 and "ratio" not in alone
     run_key, shape_key = sorted(entries, key=lambda key: key.startswith("tiny"))
     assert shape_key == "tiny-r4-0shot-3" and run_key.endswith("arithmetic_word_problems-0shot-3")
     found = entries[shape_key]
@@ -152,6 +158,26 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     assert "nan" not in table
     assert capsys.readouterr().out.endswith(table.partition("\n\n")[2])
     assert str(tmp_path) not in json.dumps(entries)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_answers(benchmark, tmp_path):
+    options = [
+        *"baseline=false shape=tiny shots=0 rank=4 documents=6".split(),
+        f"output={tmp_path}",
+    ]
+    assert main(benchmark, options) == 0
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(benchmark.__file__, *options),
+        ],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    entries = json.loads((tmp_path / "sweep.json").read_text())["entries"]
+    (one, n), (two, m) = ((e["answers_sha"], e["processes"]) for e in entries.values())
+    assert one == two and {n, m} == {1, 2}
 
 
 def test_agreement_is_counted(benchmark):
