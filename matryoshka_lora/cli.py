@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 import traceback
 import types
 import typing
@@ -39,6 +40,8 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "on": True} | dict.fromkeys(
 )
 JOB = "MATRYOSHKA_LORA_JOB"
 """Set in the environment of the jobs of a queue."""
+LAUNCHER_SECONDS = 15.0
+"""In which a launcher that finds a process gone ends the others."""
 # What the user can mend, beside an OSError that names its file. A ValueError of a library is none:
 # where a file of the user is read, it is made a UserError that names the file.
 OF_THE_USER = (
@@ -180,6 +183,7 @@ def exit_with_one_line() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
     if before == "1":
         raise error
+    _let_launcher_end(error)
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         # Else the interpreter tries again, and complains, when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -254,6 +258,20 @@ def _leave_processes() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _let_launcher_end(error: BaseException) -> None:
+    """Where the error is that another process is gone, wait for the launcher to end this one.
+
+    `processes.tell_who_ended` then says what happened, and the launcher's own report names the
+    process that ended first.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    # gloo raises a RuntimeError that names the file of its source.
+    if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
+        time.sleep(LAUNCHER_SECONDS)
 
 
 def one_line(error: BaseException) -> str:

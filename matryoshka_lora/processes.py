@@ -2,9 +2,15 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -24,6 +30,9 @@ from matryoshka_lora.ops.device import let_segments_grow
 from matryoshka_lora.ops.sharded import mesh_of, shard
 
 T = TypeVar("T")
+
+LEAVE_SECONDS = 1.0
+"""That a process which its launcher ends stays for the others to see it."""
 
 
 def make_accelerator() -> Accelerator:
@@ -46,7 +55,53 @@ def make_accelerator() -> Accelerator:
         )
     if not accelerator.is_main_process:
         logging.getLogger("matryoshka_lora").setLevel(logging.WARNING)
+    if accelerator.num_processes > 1:
+        tell_who_ended()
     return accelerator
+
+
+def tell_who_ended() -> None:
+    """When the launcher ends this process, say which one has ended before, and end.
+
+    Launchers end all processes by SIGTERM once one has ended. This process may then wait within
+    NCCL for the one that is gone, where no handler of Python's is called, so a thread waits for the
+    signal. One of the processes says it.
+    """
+    arrived, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def wait() -> None:
+        while os.read(arrived, 1)[0] != signal.SIGTERM:
+            continue
+        try:
+            living = _living_processes()
+            first, count = min(living), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            start = int(os.environ["RANK"]) - int(os.environ["LOCAL_RANK"])
+            ended = [rank for rank in range(start, start + count) if rank not in living]
+            if ended and first == int(os.environ["RANK"]):
+                print(
+                    f"stopped: process {', '.join(map(str, ended))} of {os.environ['WORLD_SIZE']} "
+                    "has ended (it was killed, unless it says why); the same command goes on from "
+                    "what is finished",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(LEAVE_SECONDS)
+        finally:
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _living_processes() -> set[int]:
+    """The ranks of the processes of this host that have not ended."""
+    found = {int(os.environ["RANK"])}
+    for process in psutil.Process(os.getppid()).children():
+        with suppress(psutil.Error, KeyError):  # it has ended, or is no process of the run
+            found.add(int(process.environ()["RANK"]))
+    return found
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

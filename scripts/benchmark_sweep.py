@@ -4,6 +4,8 @@
     python scripts/benchmark_sweep.py shape=llama3_8b shots=3      one entry, in this process
     python scripts/benchmark_sweep.py run=FOLDER "tasks=[gsm8k:0]" data_path=data
                                                                    the adapter of a finished run
+    torchrun --nproc_per_node=4 scripts/benchmark_sweep.py baseline=false shape=llama3_1b
+                                                                   the sweep on several GPUs
 
 Shapes have random weights and get random words in problems of GSM8K's lengths, through lm-eval's
 own gsm8k task. A random model never stops, so both systems end an answer at the length of its
@@ -15,13 +17,18 @@ answers the first documents at some of the points, at each batch size, and the f
 far the two agree is measured too, and how far the backend agrees with itself at that of the other
 batch sizes where it agrees least.
 
+Without the HF backend some answers of every point are made before the clock runs, which take what
+is paid once a process (kernels are compiled). To compare numbers of GPUs, leave it out of each.
+
 The clock runs from the first forward to the last scored answer. Each entry is merged into
 `<output>/sweep.json`, and the table `<output>/sweep.md` is written anew.
 """
 
 import gc
+import hashlib
 import json
 import logging
+import os
 import tempfile
 import time
 from collections import Counter
@@ -33,6 +40,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from benchmark_common import (
     COMMITTED,
     LOCAL,
@@ -63,6 +72,7 @@ from matryoshka_lora.config import Config, build_config, validate
 from matryoshka_lora.core.adapter import adapter_view, use_factors
 from matryoshka_lora.core.diagonals import powers_of_two
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.core.rules import FACTOR_SETS
 from matryoshka_lora.core.storage import load_adapter
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
@@ -70,10 +80,11 @@ from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Outputs,
 from matryoshka_lora.evaluation.own_tasks import flat, load_own_and_harness_tasks
 from matryoshka_lora.evaluation.prefetch import answers_of
 from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.sharing import Exchange
 from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 from matryoshka_lora.models import DTYPES, load_tokenizer
-from matryoshka_lora.processes import build_adapted_model, make_accelerator
+from matryoshka_lora.processes import build_adapted_model, make_accelerator, on_main
 from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.record import read_record
 from matryoshka_lora.training.loop import peak_gib, reset_peak
@@ -90,6 +101,7 @@ ENTRIES = {
     "cpu": ["shape=tiny shots=0 rank=32"],
 }
 TRAIN_PROBLEMS = 7473
+WARM_UP = 256  # answers, where the HF backend does not warm up
 FRAME = 2  # tokens of "Question:" and "Answer:", which the lengths of questions include
 PROGRESS_EVERY = 10.0
 NOTE = """\
@@ -119,6 +131,7 @@ class Options:
     data_path: str | None = option(None, "folder with the tasks' data; null: that of the run")
     limit: int | None = option(None, "only the first n documents of each task of a run")
     batch_sizes: list[int] = option([8, 32, 64, 128], "of the HF backend to try, for a run")
+    baseline: bool = option(True, "measure the HF backend too; on one process alone")
     baseline_points: int | None = option(None, "of a run, for HF; null: 3, tiny on a CPU: all")
     baseline_documents: int = option(64, "that the HF backend answers at a point")
     cuda_graphs: bool = option(True, "eval.cuda_graphs, of the batched engine on a GPU")
@@ -135,6 +148,10 @@ def check(options: Options) -> None:
         given = getattr(options, key)
         if given is not None and given < 1:
             raise UserError(f"{key}={given} must be 1 or more")
+    if options.baseline and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("the HF backend is measured on one process alone; set baseline=false")
+    if not options.baseline and options.shape is None and options.run is None:
+        raise UserError("baseline=false needs a shape or a run")
     read_entries(Path(options.output), "sweep")
     if not options.batch_sizes or min(options.batch_sizes) < 1:
         raise UserError(f"batch_sizes={options.batch_sizes} must be numbers of 1 or more")
@@ -266,20 +283,60 @@ def answer(
     return time.perf_counter() - began, outputs
 
 
-def figures(
-    seconds: float, answers: int, hf_seconds: float, hf_answers: int, prompts: Sequence[int], n: int
-) -> dict[str, Any]:
-    """Rates and ratio; the HF backend's time for all answers follows from that for its sample.
+def answer_together(
+    task: EvalTask,
+    engine: Engine,
+    jobs: Sequence[tuple[Point, Request]],
+    accelerator: Accelerator,
+) -> tuple[float, Answers]:
+    """`answer` of all processes, with what the main one has; `jobs` ask one thing of a document."""
 
-    Answers are (point, document) pairs; prompts: tokens of each document's; n: generated tokens.
+    def scored() -> Iterator[tuple[int, Output]]:
+        for index, output in answers_of(engine, jobs, exchange.parts(len(jobs))):
+            lacking = len(task.document_requests(jobs[index][1].doc_id)) - 1
+            task.score(jobs[index][1].doc_id, [output] + [Output()] * lacking)
+            yield index, output
+
+    exchange: Exchange[tuple[int, Output]] = Exchange(accelerator, "benchmark")
+    synchronize(accelerator.device)
+    accelerator.wait_for_everyone()
+    began = time.perf_counter()
+    if accelerator.is_main_process:
+        outputs = {jobs[index]: output for index, output in exchange.gather(scored())}
+        assert len(outputs) == len(jobs)
+    else:
+        exchange.send(scored())
+        outputs = {}
+    return time.perf_counter() - began, outputs
+
+
+def digest(outputs: Answers) -> str:
+    """The same for the same answers."""
+    lines = sorted(
+        f"{point.rank} {point.rule} {request.doc_id} {request.instance.idx} {output}"
+        for (point, request), output in outputs.items()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def figures(seconds: float, answers: int, prompts: Sequence[int], n: int) -> dict[str, Any]:
+    """Rates. Answers are (point, document) pairs.
+
+    prompts: tokens of each document's; n: generated tokens.
     """
-    hf_seconds_for_all = hf_seconds * answers / hf_answers
     return {
         "prompt_tokens": {"mean": float(np.mean(prompts)), "max": max(prompts)},
         "answer_tokens": n / answers,
         "seconds": seconds,
         "answers_per_second": answers / seconds,
         "tokens_per_second": n / seconds,
+    }
+
+
+def hf_figures(seconds: float, answers: int, hf_seconds: float, hf_answers: int) -> dict[str, Any]:
+    """Ratio; the HF backend's time for all answers follows from that for its sample."""
+    hf_seconds_for_all = hf_seconds * answers / hf_answers
+    return {
         "hf_seconds": hf_seconds,
         "hf_seconds_for_all": hf_seconds_for_all,
         "extrapolated": hf_answers < answers,
@@ -287,7 +344,7 @@ def figures(
     }
 
 
-def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
+def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """The entry of one shape with random weights."""
     assert options.shape is not None
     name, dtype = SHAPES[options.shape]
@@ -295,7 +352,6 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
     config.adapter.rank, config.eval.ranks = options.rank, options.ranks
     validate(config)
-    accelerator = make_accelerator()
     device = accelerator.device
     ceiling = matmul_rate(device, DTYPES[dtype])
     logger.info("%s: matrix product %.3g TFLOP/s; making the model", name, ceiling / 1e12)
@@ -308,19 +364,29 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
     plan = plan_points(adapter_view(model), config.eval_ranks, ["prefix"], config.train_ranks)
     points = [point for point in plan.points if point.rank]
     limits = {request.context: request.max_new_tokens for request in requests}
-    sample = some_batches(requests, options.batch_size, options.baseline_documents)
-    logger.info("HF backend: %d documents at rank %d", len(sample), points[-1].rank)
-    hf = HFEngine(model, tokenizer, options.batch_size)
-    jobs = [(points[-1], request) for request in sample]
-    with capped(model, dict.fromkeys(limits, 2)):  # warms up
-        answer(hf, task, jobs[: options.batch_size], device)
-    with capped(model, limits):
-        hf_seconds, _ = answer(hf, task, jobs, device)
-    logger.info("%.1f s; batched engine: %d points", hf_seconds, len(points))
-    reset_peak(device)
-    jobs = [(point, request) for point in points for request in requests]
+    # As the sweep orders what it shares out.
+    ordered = sorted(requests, key=lambda request: -len(request.context))
+    jobs = [(point, request) for point in points for request in ordered]
     engine = BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs)
-    seconds, _ = answer(engine, task, jobs, device)
+    sample, hf_seconds = [], 0.0
+    if options.baseline:
+        sample = some_batches(requests, options.batch_size, options.baseline_documents)
+        logger.info("HF backend: %d documents at rank %d", len(sample), points[-1].rank)
+        hf = HFEngine(model, tokenizer, options.batch_size)
+        asked = [(points[-1], request) for request in sample]
+        with capped(model, dict.fromkeys(limits, 2)):  # warms up
+            answer(hf, task, asked[: options.batch_size], device)
+        with capped(model, limits):
+            hf_seconds, _ = answer(hf, task, asked, device)
+        logger.info("%.1f s", hf_seconds)
+    else:
+        answer(engine, task, jobs[:: max(len(jobs) // WARM_UP, 1)], device)
+    logger.info("batched engine: %d points", len(points))
+    reset_peak(device)
+    if accelerator.num_processes > 1:
+        seconds, outputs = answer_together(task, engine, jobs, accelerator)
+    else:
+        seconds, outputs = answer(engine, task, jobs, device)
     every, read = powers_of_two(options.rank), config.eval_ranks
     prompts = [len(request.context) for request in requests]
     tokens = sum(limits.values()) * len(points)
@@ -328,13 +394,25 @@ def measure_shape(options: Options) -> dict[str, dict[str, Any]]:
         "options": settings_of(options),
         "points": f"{len(read)}" + f" of the {len(every)} ranks" * (read != every),
         "documents": len(requests),
-        **figures(seconds, len(jobs), hf_seconds, len(sample), prompts, tokens),
-        "hf_sample": f"{len(sample)} documents at 1 point",
-        "hf_batch_size": options.batch_size,
+        "processes": accelerator.num_processes,
+        "answers_sha": digest(outputs),
+        **figures(seconds, len(jobs), prompts, tokens),
         "peak_gib": peak_gib(device, options.cuda_graphs),
         "matmul_flops": ceiling,
     }
-    return {f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}": entry}
+    if options.baseline:
+        entry |= {
+            **hf_figures(seconds, len(jobs), hf_seconds, len(sample)),
+            "hf_sample": f"{len(sample)} documents at 1 point",
+            "hf_batch_size": options.batch_size,
+        }
+    key = f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}"
+    return {key + behind(accelerator): entry}
+
+
+def behind(accelerator: Accelerator) -> str:
+    """What stands behind the key of an entry of several processes."""
+    return f"-x{accelerator.num_processes}" if accelerator.num_processes > 1 else ""
 
 
 class Recorder:
@@ -345,15 +423,17 @@ class Recorder:
         self.began: float | None = None
         self.outputs: Answers = {}
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Outputs:
         """See `Engine.run`."""
         self.began = self.began or time.perf_counter()
-        for index, output in self.engine.run(jobs):
+        for index, output in self.engine.run(jobs, parts):
             self.outputs[jobs[index]] = output
             yield index, output
 
 
-def measure_run(options: Options) -> dict[str, dict[str, Any]]:
+def measure_run(options: Options, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """An entry for each task of a finished run."""
     folder = Path(options.run or "")
     files = RunFolder(folder)
@@ -363,7 +443,8 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
             "give a finished run"
         )
     record = read_record(files.record)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as own:
+        scratch = on_main(accelerator, lambda: own)  # the main process writes, all read
         node = OmegaConf.create(record.config)
         node.output_dir = scratch
         node.eval.limit = options.limit
@@ -372,16 +453,17 @@ def measure_run(options: Options) -> dict[str, dict[str, Any]]:
         # What the hub's branch was when the run was trained.
         node.model.revision = record.model["revision"] or node.model.revision
         config = build_config(node)
-        accelerator = make_accelerator()
         ceiling = matmul_rate(accelerator.device, DTYPES[config.model.dtype])
         tasks = flat(load_own_and_harness_tasks(config, accelerator))
         tokenizer = load_tokenizer(config.model)
         model = build_adapted_model(config, accelerator)
         load_adapter(files.adapter, model)
         return {
-            f"{record.name}-{task.name}-{task.shots}shot-{task.documents}": {
+            f"{record.name}-{task.name}-{task.shots}shot-{task.documents}{behind(accelerator)}": {
                 "options": settings_of(options),
-                **measure_task(config, model, tokenizer, task, options, Path(scratch)),
+                **measure_task(
+                    *(config, model, tokenizer, task, options, Path(scratch), accelerator)
+                ),
                 "matmul_flops": ceiling,
             }
             for task in tasks
@@ -395,19 +477,42 @@ def measure_task(
     task: EvalTask,
     options: Options,
     scratch: Path,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What one task of a run adds to its entry."""
+    """What one task of a run adds to its entry, on the main process."""
     plan = plan_points(
         adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
-    recorder = Recorder(BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs))
+    engine = BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs)
+    if not options.baseline:
+        warm_up(model, tokenizer, task, plan.points, engine)
+    recorder = Recorder(engine)
     reset_peak(model.device)
-    run_sweep(model, tokenizer, [task], plan, recorder, scratch / "samples")
+    rows = run_sweep(
+        *(model, tokenizer, [task], plan, recorder, scratch / "samples"), processes=accelerator
+    )
     synchronize(model.device)
     assert recorder.began is not None, "a new folder lacks everything"
     seconds = time.perf_counter() - recorder.began
     peak = peak_gib(model.device, options.cuda_graphs)
     logger.info("%s %d-shot: %.1f s for all points", task.name, task.shots, seconds)
+    texts = [o.text for (_, r), o in recorder.outputs.items() if r.kind == "generate"]
+    tokens = sum(map(len, tokenizer(texts).input_ids)) if texts else 0
+    tokens_of_all = sum(gather_object([tokens]))
+    prompts = [len(task.document_requests(doc)[0].context) for doc in range(task.documents)]
+    answers = len(plan.points) * task.documents
+    found = {
+        "points": f"{len(plan.points)}",
+        "documents": task.documents,
+        "processes": accelerator.num_processes,
+        "values": {
+            f"{row.rank} {row.rule} {row.filter or ''} {row.metric}": row.value for row in rows
+        },
+        **figures(seconds, answers, prompts, tokens_of_all),
+        "peak_gib": peak,
+    }
+    if not options.baseline:
+        return found
     small = config.model.name == "tiny" and model.device.type == "cpu"
     count = min(options.baseline_points or (len(plan.points) if small else 3), len(plan.points))
     places = np.linspace(len(plan.points) - 1, 0, count).round().astype(int)
@@ -416,14 +521,8 @@ def measure_task(
     hf = hf_backend(model, tokenizer, task, points, documents, options.batch_sizes)
     best, *others = sorted(hf, key=lambda size: hf[size][0])
     itself = [{"batch_size": n} | agreement(task, hf[n][1], hf[best][1]) for n in others]
-    texts = [o.text for (_, r), o in recorder.outputs.items() if r.kind == "generate"]
-    tokens = sum(map(len, tokenizer(texts).input_ids)) if texts else 0
-    prompts = [len(task.document_requests(doc)[0].context) for doc in range(task.documents)]
-    answers, hf_answers = len(plan.points) * task.documents, len(points) * documents
-    return {
-        "points": f"{len(plan.points)}",
-        "documents": task.documents,
-        **figures(seconds, answers, hf[best][0], hf_answers, prompts, tokens),
+    return found | {
+        **hf_figures(seconds, answers, hf[best][0], len(points) * documents),
         "hf_sample": f"{documents} documents at {len(points)} point" + "s" * (len(points) > 1),
         "hf_batch_size": best,
         "hf_seconds_by_batch_size": {size: hf[size][0] for size in hf},
@@ -431,8 +530,30 @@ def measure_task(
         "hf_with_itself": min(
             itself, key=lambda found: (found["same_scores"], found["same_texts"]), default=None
         ),
-        "peak_gib": peak,
     }
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: EvalTask,
+    points: Sequence[Point],
+    engine: Engine,
+) -> None:
+    """Answer some documents at every point."""
+    task.requests(harness_lm(model, tokenizer))
+    documents = range(0, task.documents, max(task.documents * len(points) // WARM_UP, 1))
+    for factors in FACTOR_SETS:
+        jobs = [
+            (point, request)
+            for point in points
+            if point.factors == factors
+            for doc_id in documents
+            for request in task.document_requests(doc_id)
+        ]
+        with use_factors(model, factors):
+            for _ in engine.run(jobs):
+                pass
 
 
 def hf_backend(
@@ -530,6 +651,15 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
         else "-"
         for x in (agrees, itself)
     ]
+    hf = dict.fromkeys(("HF batch", "HF sample", "HF s", "ratio"), "")
+    if "ratio" in entry:
+        hf = {
+            "HF batch": f"{entry['hf_batch_size']}",
+            "HF sample": f"{entry['hf_sample']}: {entry['hf_seconds']:.1f} s",
+            "HF s": f"{entry['hf_seconds_for_all']:,.0f}"
+            + " (extrapolated)" * entry["extrapolated"],
+            "ratio": f"{entry['ratio']:.1f}",
+        }
     score = agrees and f"{100 * agrees['value']:.1f} ({100 * agrees['hf_value']:.1f})"
     return [
         {
@@ -542,11 +672,7 @@ def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
             "answers/s": f"{entry['answers_per_second']:.1f}",
             "tokens/s": f"{entry['tokens_per_second']:,.0f}" if tokens else "",
             "peak GiB": f"{gib:.1f}" if gib else "",
-            "HF batch": f"{entry['hf_batch_size']}",
-            "HF sample": f"{entry['hf_sample']}: {entry['hf_seconds']:.1f} s",
-            "HF s": f"{entry['hf_seconds_for_all']:,.0f}"
-            + " (extrapolated)" * entry["extrapolated"],
-            "ratio": f"{entry['ratio']:.1f}",
+            **hf,
             "score % (HF)": score or "",
             "agrees %": " / ".join(shares) if agrees else "",
             "matmul TFLOP/s": f"{entry['matmul_flops'] / 1e12:.3g}",
@@ -558,7 +684,11 @@ def main(options: Options) -> int:
     """1 where an entry failed, else 0. Raises UserError for what cannot be measured."""
     check(options)
     if options.shape is not None or options.run is not None:
-        measured = measure_shape(options) if options.run is None else measure_run(options)
+        accelerator = make_accelerator()
+        measure = measure_shape if options.run is None else measure_run
+        measured = measure(options, accelerator)
+        if not accelerator.is_main_process:
+            return 0
         for key, entry in measured.items():
             entries = merge_entry(Path(options.output), "sweep", key, entry)
         print(write_table(Path(options.output), "sweep", entries, table_rows, NOTE))

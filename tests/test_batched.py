@@ -243,6 +243,38 @@ def test_generation_of_mixed_points(
         assert [output.text for output in answers(one.run(jobs), jobs)] == texts
 
 
+def test_parts_are_taken_when_there_is_room(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    requests = [generation(tokenizer, i, text, ["\n\n"], 5) for i, text in enumerate(prompts(6))]
+    requests += [likelihood(tokenizer, i, prompts(3)[i], " 19") for i in (0, 1)]
+    jobs = [(point, request) for point in points(model) for request in requests]
+    taken = []
+
+    def parts(size: int) -> Iterator[range]:
+        for start in range(0, len(jobs), size):
+            taken.append(start)
+            yield range(start, min(start + size, len(jobs)))
+
+    engine = BatchedEngine(model, tokenizer, max_rows=4, max_tokens=100)
+    expected = check(model, tokenizer, jobs)
+    for size in (1, 3, len(jobs)):
+        taken.clear()
+        run = engine.run(jobs, parts(size))
+        first = next(run)
+        # Those that fit, and the part that showed that no more do.
+        assert len(taken) * size <= 4 + 2 * size
+        found = answers((answer for some in ([first], run) for answer in some), jobs)
+        assert [o.text for o in found] == [o.text for o in expected]
+        assert len(taken) == -(-len(jobs) // size)
+    assert list(engine.run(jobs, iter([]))) == []
+    hf = HFEngine(model, tokenizer, 2)
+    assert [o.text for o in answers(hf.run(jobs, parts(3)), jobs)] == [o.text for o in expected]
+    few = [range(2, 4), range(9, 10)]
+    for one in (engine, hf):
+        assert sorted(index for index, _ in one.run(jobs, iter(few))) == [2, 3, 9]
+
+
 def test_replayed_steps_take_further_rows_along(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +386,7 @@ def test_groups_leave_their_queue_when_they_are_started(
     requests += [likelihood(tokenizer, i, texts[i], " 19") for i in (2, 2, 3)]
     requests.append(likelihood(tokenizer, 9, TEXT[3:90], " 19"))
     base = points(model)[0]
-    groups = group_requests([(base, request) for request in requests], {base: 0})
+    groups = group_requests([(base, request) for request in requests], range(8), {base: 0})
     assert [(g.generate, g.scored) for g in groups] == [
         (0, []),
         (1, []),
@@ -363,7 +395,9 @@ def test_groups_leave_their_queue_when_they_are_started(
         (None, [7]),
     ]
     limits = Limits(max_rows=2, max_tokens=1000, logits_bytes=10**9)
-    scheduler = Scheduler(groups, requests, limits, 8)
+    scheduler = Scheduler([groups], requests, limits, 8)
+    assert scheduler.busy
+    scheduler.take(None)
     assert (
         [g.scored for g in scheduler.next_scoring()]
         == [[7]]

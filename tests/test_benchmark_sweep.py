@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_common import fill_factors
-from conftest import TARGETS
+from conftest import ROOT, TARGETS
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options
 from matryoshka_lora.config import Config, ModelConfig
@@ -103,8 +105,8 @@ def test_the_sample_is_whole_batches_from_long_to_short(benchmark):
 
 def test_the_sample_is_extrapolated_to_all_answers(benchmark):
     # 2 s for 8 answers are 0.25 s an answer, 3 s for 12 of them.
-    found = benchmark.figures(1.5, 12, 2.0, 8, prompts=[3, 5], n=36)
-    assert found == {
+    found = benchmark.figures(1.5, 12, prompts=[3, 5], n=36)
+    assert found | benchmark.hf_figures(1.5, 12, 2.0, 8) == {
         "prompt_tokens": {"mean": 4.0, "max": 5},
         "answer_tokens": 3.0,
         "seconds": 1.5,
@@ -115,13 +117,15 @@ def test_the_sample_is_extrapolated_to_all_answers(benchmark):
         "extrapolated": True,
         "ratio": 2.0,
     }
-    assert not benchmark.figures(1.0, 8, 2.0, 8, prompts=[3], n=0)["extrapolated"]
+    assert not benchmark.hf_figures(1.0, 8, 2.0, 8)["extrapolated"]
 
 
 def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     output = [f"output={tmp_path / 'benchmarks'}", "baseline_documents=2"]
     shape = ["shape=tiny", "shots=0", "rank=4", "ranks=[1,4]", "documents=3", "batch_size=2"]
     assert main(benchmark, [*shape, *output]) == 0
+    few = ["documents=2" if option == "documents=3" else option for option in shape]
+    assert main(benchmark, [*few, *output, "baseline=false"]) == 0
     config = Config(output_dir=str(tmp_path))
     config.trainer.max_steps, config.dataset.limit, config.adapter.rank = 2, 64, 2
     config.eval.rules = ["prefix", "svd"]
@@ -134,6 +138,8 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     device = environment()["device"]["name"]
     assert all(key.endswith(f" on {device}") for key in entries)
     entries = {key.removesuffix(f" on {device}"): entry for key, entry in entries.items()}
+    alone = entries.pop("tiny-r4-0shot-2")
+    assert alone["processes"] == 1 and alone["seconds"] > 0 and "ratio" not in alone
     run_key, shape_key = sorted(entries, key=lambda key: key.startswith("tiny"))
     assert shape_key == "tiny-r4-0shot-3" and run_key.endswith("arithmetic_word_problems-0shot-3")
     found = entries[shape_key]
@@ -152,6 +158,25 @@ def test_shapes_and_runs_share_one_record(benchmark, tmp_path, capsys):
     assert "nan" not in table
     assert capsys.readouterr().out.endswith(table.partition("\n\n")[2])
     assert str(tmp_path) not in json.dumps(entries)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_answers(benchmark, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = "baseline=false shape=tiny shots=0 rank=4 documents=6".split()
+    for count in (1, 2):
+        subprocess.run(
+            [
+                *(*launch, f"--nproc_per_node={count}", benchmark.__file__),
+                *(*options, f"output={tmp_path}"),
+            ],
+            env=os.environ
+            | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+    entries = json.loads((tmp_path / "sweep.json").read_text())["entries"]
+    (one, n), (two, m) = ((e["answers_sha"], e["processes"]) for e in entries.values())
+    assert one == two and {n, m} == {1, 2}
 
 
 def test_agreement_is_counted(benchmark):

@@ -78,6 +78,31 @@ def test_jobs_share_the_slots_and_a_failed_one_stops_nobody(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_a_job_of_several_processes_gets_another_try_when_one_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "if os.environ['RANK'] == '0' and sys.argv[1] == 'error':\n"
+        "    sys.exit('error: of this job')\n"
+        "if os.environ['RANK'] == '1' and sys.argv[1] != 'error':\n"
+        "    tried = os.path.exists(sys.argv[2])\n"
+        "    open(sys.argv[2], 'w').close()\n"
+        "    if sys.argv[1] == 'always' or not tried:\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    jobs = [
+        Job(kind, (kind, str(tmp_path / f"{kind}.tried"))) for kind in ("once", "always", "error")
+    ]
+    slot = Slot("two processes", {"CUDA_VISIBLE_DEVICES": ""}, 2)
+    once, always, error = run_jobs(jobs, [slot], script, tmp_path / "logs")
+    assert once.error is None
+    assert always.error == "exit code -9: process 1 was killed (SIGKILL)"
+    assert error.error == "exit code 1: of this job"
+    for outcome in (once, always):
+        assert "Traceback" not in outcome.log.read_text()
+
+
 def test_outcomes_bring_more_jobs_also_to_slots_that_have_none(tmp_path):
     (script := tmp_path / "script.py").write_text(SCRIPT)
 

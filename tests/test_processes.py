@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -21,17 +23,16 @@ from matryoshka_lora.methods import TRAINED
 CPU2 = ROOT / "configs" / "accelerate" / "cpu2.yaml"
 
 
+def command(folder, *overrides):
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(CPU2), str(ROOT / "train.py")),
+        *(f"output_dir={folder}", *SMALL, *overrides),
+    ]
+
+
 def launch(folder, *overrides):
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(CPU2), str(ROOT / "train.py")),
-            *(f"output_dir={folder}", *SMALL, *overrides),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return subprocess.run(command(folder, *overrides), capture_output=True, text=True, timeout=400)
 
 
 def losses(path: Path):
@@ -77,6 +78,62 @@ def test_a_batch_that_two_processes_cannot_make(tmp_path):
     done = launch(tmp_path, "trainer.effective_batch=7")
     assert done.returncode != 0
     assert "cannot be made of 2 process(es); process counts that fit: [1, 7]" in done.stderr
+
+
+def kill_one(rank, folder, started, *overrides):
+    """Start, kill -9 the process of this rank when `started` is true; what was said, in seconds."""
+    process = subprocess.Popen(
+        command(folder, *overrides),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not started():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == str(rank):
+            child.kill()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return errors, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_loses_nothing_that_was_finished(tmp_path):
+    options = ("trainer.max_steps=30", "trainer.save_every=5", "eval.limit=60")
+    assert launch(tmp_path / "whole", *options).returncode == 0
+    folder = tmp_path / "killed"
+    for rank, what in ((0, "runs/**/checkpoints/step-*.pt"), (1, "runs/**/samples/*.jsonl")):
+        errors, seconds = kill_one(
+            rank,
+            folder,
+            lambda what=what: any(p.stat().st_size for p in folder.glob(what)),
+            *options,
+        )
+        assert seconds < 20
+        said = [line for line in errors.splitlines() if line.startswith("stopped: ")]
+        assert len(said) == 1 and f"process {rank} of 2 has ended" in said[0], errors
+        assert "a bug or the environment" not in errors, errors
+        if "checkpoints" in what:
+            (newest,) = sorted(folder.glob(what))[-1:]
+    (samples,) = folder.glob(what)
+    kept = samples.read_text()
+    done = launch(folder, *options)
+    assert done.returncode == 0 and "training is finished" in done.stdout
+    assert samples.read_text().startswith(kept) and len(kept.splitlines()) > 0
+    ((path, ours),) = records(folder).items()
+    ((reference, theirs),) = records(tmp_path / "whole").items()
+    assert ours.phases[1]["first_step"] == int(newest.stem.removeprefix("step-"))
+    mine, expected = (load_file(p.parent / "adapter.safetensors") for p in (path, reference))
+    assert all(torch.equal(mine[name], expected[name]) for name in expected)
+    assert [row.key for row in ours.rows] == [row.key for row in theirs.rows]
+    for row, other in zip(ours.rows, theirs.rows, strict=True):
+        assert row.value == pytest.approx(other.value, rel=1e-4)
+    keys = [(s["rank"], s["rule"], s["doc_id"]) for s in map(json.loads, samples.open())]
+    assert len(keys) == len(set(keys))  # nothing was asked twice
 
 
 def all_print_equal(tmp_path, program, processes=2):

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, prefetch
 from matryoshka_lora.evaluation.readings import Plan, plan_points
 from matryoshka_lora.evaluation.rows import Row, decode_scores
 from matryoshka_lora.evaluation.samples import Samples, samples_path
+from matryoshka_lora.evaluation.sharing import LARGEST_PART, PARTS_LEFT, parts_of
 from matryoshka_lora.evaluation.sweep import run_sweep
 from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 
@@ -42,16 +44,27 @@ READINGS = ((0, "base"), (2, "prefix"), (1, "svd"))
 class FakeEngine:
     """Answers that depend on point and request alone, in an order of its own."""
 
-    def __init__(self, shuffle: int | None = None, fail_after: int | None = None) -> None:
-        self.shuffle, self.fail_after = shuffle, fail_after
+    def __init__(
+        self, shuffle: int | None = None, fail_after: int | None = None, seconds: float = 0.0
+    ) -> None:
+        self.shuffle, self.fail_after, self.seconds = shuffle, fail_after, seconds
         self.answered: list[tuple[int, str, str, int, int]] = []
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Iterator[tuple[int, Output]]:
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Iterator[tuple[int, Output]]:
         assert len({point.factors for point, _ in jobs}) <= 1
-        order = list(range(len(jobs)))
-        if self.shuffle is not None:
-            random.Random(self.shuffle).shuffle(order)
+        for part in [range(len(jobs))] if parts is None else parts:
+            order = list(part)
+            if self.shuffle is not None:
+                random.Random(self.shuffle).shuffle(order)
+            yield from self._answer(jobs, order)
+
+    def _answer(
+        self, jobs: Sequence[tuple[Point, Request]], order: Sequence[int]
+    ) -> Iterator[tuple[int, Output]]:
         for index in order:
+            time.sleep(self.seconds)
             if self.fail_after is not None and len(self.answered) == self.fail_after:
                 raise RuntimeError("killed")
             point, request = jobs[index]
@@ -442,7 +455,8 @@ def test_scores_in_memory_are_those_that_are_read_back(
     store = Samples(tmp_path, task, "a")
     with store.appending() as append:
         for doc_id in range(2):
-            append(point, doc_id, [Output(text="7 \n"), Output(logprob=-1 / 3)])
+            outputs = [Output(text="7 \n"), Output(logprob=-1 / 3)]
+            append(point, doc_id, outputs, task.score(doc_id, outputs))
     read = Samples(tmp_path, task, "a")
     assert read.missing(point) == store.missing(point) == set()
     assert read.scores(point) == store.scores(point)
@@ -461,7 +475,7 @@ def test_a_score_that_could_not_be_read_again_is_not_written(
     for made, match in (({"acc": np.nan}, "acc is nan"), ({}, "it has no scores")):
         monkeypatch.setattr(task._task, "process_results", lambda doc, results, made=made: made)
         with store.appending() as append, pytest.raises(UserError, match=f"document 0.*{match}"):
-            append(point, 0, outputs)
+            append(point, 0, outputs, task.score(0, outputs))
     assert store.path.read_bytes() == b"" and store.missing(point) == {0}
 
 
@@ -561,9 +575,9 @@ def test_changed_data_limit_or_adapter_is_noticed(data: Path, tmp_path: Path, pl
 
 def test_random_states_are_left_alone(data: Path, tmp_path: Path, plan: Plan) -> None:
     class Reseeding(FakeEngine):
-        def run(self, jobs):
+        def run(self, jobs, parts=None):
             random.seed(0), np.random.seed(0), torch.manual_seed(0)
-            return super().run(jobs)
+            return super().run(jobs, parts)
 
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     before = random.random(), np.random.rand(), torch.rand(1).item()
@@ -574,8 +588,8 @@ def test_random_states_are_left_alone(data: Path, tmp_path: Path, plan: Plan) ->
 
 def test_values_that_are_no_numbers_are_null(data: Path, tmp_path: Path) -> None:
     class Broken(FakeEngine):
-        def run(self, jobs):
-            for index, output in super().run(jobs):
+        def run(self, jobs, parts=None):
+            for index, output in super().run(jobs, parts):
                 yield index, Output(text=output.text, logprob=float("nan"))
 
     plan = plan_points(tiny_lm.view(), [1], ["prefix"], [1])
@@ -596,9 +610,9 @@ def test_engine_is_closed_before_the_factors_go_back(data: Path, tmp_path: Path)
     trained, seen = layer.lora_A.data_ptr(), []
 
     class Holding(FakeEngine):
-        def run(self, jobs):
+        def run(self, jobs, parts=None):
             try:
-                yield from super().run(jobs)
+                yield from super().run(jobs, parts)
             finally:
                 seen.append(layer.lora_A.data_ptr() == trained)
 
@@ -625,15 +639,16 @@ import torch
 torch.set_num_threads(1)
 from accelerate import Accelerator
 import test_sweep, tiny_lm
-from matryoshka_lora.evaluation import sweep
+from matryoshka_lora.evaluation import sharing
 data, out = Path(sys.argv[2]), Path(sys.argv[3])
-sweep.GATHER_EVERY = 5
+sharing.SEND_COUNT = 5
 processes = Accelerator(cpu=True)
 assert processes.num_processes == 2
 plan = test_sweep.plan_points(tiny_lm.view(), (1, 4), test_sweep.RULES, tiny_lm.TRAIN_RANKS)
 for name, lockstep in (("sharded", False), ("lockstep", True)):
     for attempt in ("first", "again"):
-        engine = test_sweep.FakeEngine(shuffle=processes.process_index)
+        slow = processes.process_index == 1 and not lockstep
+        engine = test_sweep.FakeEngine(processes.process_index, seconds=0.02 * slow)
         rows = test_sweep.sweep(
             data, out / name, engine, plan, processes=processes, lockstep=lockstep
         )
@@ -666,11 +681,25 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
         assert lines(tmp_path / name) == lines(tmp_path / "alone")
         assert result(f"{name}-again", 0) == {"rows": rows, "answered": []}
         assert result(f"{name}-again", 1) == {"rows": [], "answered": []}
-    shares = [{a[3] for a in result("sharded-first", process)["answered"]} for process in (0, 1)]
-    assert shares == [{0, 2, 4, 6}, {1, 3, 5}]
+    fast, slow = (result("sharded-first", process)["answered"] for process in (0, 1))
+    assert len(fast) + len(slow) == len(alone.answered)
+    assert 0 < len(slow) < len(fast) / 2  # who is slow takes less
+    # All that is asked of a document at a point goes to one process.
+    assert not {(a[0], a[1], a[3], a[5]) for a in map(tuple, fast)} & {
+        (a[0], a[1], a[3], a[5]) for a in map(tuple, slow)
+    }
     for process in (0, 1):
         answered = result("lockstep-first", process)["answered"]
         assert len(answered) == len(alone.answered)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(0, 2), (1, 4), (7, 2), (1319, 4), (23742, 8)])
+def test_parts_become_smaller_at_the_end(count: int, processes: int) -> None:
+    parts = parts_of(count, processes)
+    assert [unit for part in parts for unit in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True) and all(0 < size <= LARGEST_PART for size in sizes)
+    assert sizes[-PARTS_LEFT * processes :] == [1] * min(PARTS_LEFT * processes, count)
 
 
 def test_items_are_prefetched_and_end_closed() -> None:
@@ -711,6 +740,8 @@ def test_answers_are_scored_in_the_main_thread(
 
     monkeypatch.setattr(EvalTask, "score", score)
     # As with a GPU.
-    monkeypatch.setattr(sweep_module, "answers_of", lambda engine, jobs: prefetch(engine.run(jobs)))
+    monkeypatch.setattr(
+        sweep_module, "answers_of", lambda engine, *jobs: prefetch(engine.run(*jobs))
+    )
     sweep(data, tmp_path, FakeEngine(), plan, limit=2)
     assert threads and set(threads) == {threading.main_thread()}

@@ -1,7 +1,7 @@
 """The queue itself, without Hydra: jobs wait for a free slot, a slot is one or more GPUs.
 
 A slot's process, see `worker`, takes one job after another; where a job needs several processes,
-torchrun starts them anew for each.
+torchrun starts them anew for each, see `processes`.
 """
 
 import contextlib
@@ -317,7 +317,7 @@ class Worker:
         self.shown = log.stat().st_size
         if self.slot.processes > 1:
             self.close()
-            command = ["-m", "torch.distributed.run", "--standalone"]
+            command = ["-m", "hydra_plugins.gpu_queue.processes", "--standalone"]
             command += [f"--nproc-per-node={self.slot.processes}"]
             with log.open("ab") as output:
                 self._open([*command, str(self.script), *job.overrides], output)

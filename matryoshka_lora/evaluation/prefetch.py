@@ -1,7 +1,7 @@
 """An engine's answers, made in a thread of their own while the caller scores earlier ones."""
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from queue import Full, Queue
@@ -21,12 +21,15 @@ class _End:
     """Stands behind the last item."""
 
 
-def answers_of(engine: Engine, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
-    """`engine.run(jobs)`, prefetched where a GPU works in the meantime.
+def answers_of(
+    engine: Engine, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+) -> Outputs:
+    """`engine.run(jobs, parts)`, prefetched where a GPU works in the meantime.
 
     On a CPU the engine and the caller want the same cores, and each would wait for the other.
     """
-    return prefetch(engine.run(jobs)) if torch.cuda.is_initialized() else engine.run(jobs)
+    answers = engine.run(jobs, parts)
+    return prefetch(answers) if torch.cuda.is_initialized() else answers
 
 
 def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:

@@ -21,7 +21,7 @@ from matryoshka_lora.evaluation.tasks import EvalTask
 
 logger = logging.getLogger(__name__)
 
-Append = Callable[[Point, int, Sequence[Output]], None]
+Append = Callable[[Point, int, Sequence[Output], Score], None]
 
 
 @dataclass(frozen=True)
@@ -144,15 +144,15 @@ class Samples:
 
     @contextmanager
     def appending(self) -> Iterator[Append]:
-        """A function that scores a document's outputs and appends them to the file."""
+        """A function that appends a document's outputs and their score to the file."""
         kept = "what is in it stays; mend that and run the same command again"
         with naming(self.path, kept):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a", encoding="utf-8")
         with file:
 
-            def append(point: Point, doc_id: int, outputs: Sequence[Output]) -> None:
-                sample = self._sample(point, doc_id, outputs)
+            def append(point: Point, doc_id: int, outputs: Sequence[Output], score: Score) -> None:
+                sample = self._sample(point, doc_id, outputs, score)
                 with naming(self.path, kept):
                     file.write(sample.line() + "\n")
                     # A killed process loses what it holds itself, not what the system has.
@@ -161,7 +161,7 @@ class Samples:
 
             yield append
 
-    def _sample(self, point: Point, doc_id: int, outputs: Sequence[Output]) -> Sample:
+    def _sample(self, point: Point, doc_id: int, outputs: Sequence[Output], score: Score) -> Sample:
         requests = self.task.document_requests(doc_id)
         sample = Sample(
             rank=point.rank,
@@ -172,7 +172,7 @@ class Samples:
                 o.text if r.kind == "generate" else [o.logprob, o.is_greedy]
                 for r, o in zip(requests, outputs, strict=True)
             ],
-            score=self.task.score(doc_id, outputs),
+            score=score,
         )
         try:
             sample.check()

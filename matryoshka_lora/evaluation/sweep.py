@@ -2,22 +2,23 @@
 
 Walks the factor sets, the tasks and their points; asks an engine for what the samples files lack;
 and makes the rows of each point once all its documents are there. Documents are shared out over the
-processes, and the main one scores and writes.
+processes, each of which scores what it answers, and the main one writes.
 """
 
 import logging
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,17 +28,20 @@ from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Point, Request
 from matryoshka_lora.evaluation.prefetch import answers_of
 from matryoshka_lora.evaluation.readings import Plan
-from matryoshka_lora.evaluation.rows import Row, group_rows, task_rows
+from matryoshka_lora.evaluation.rows import Row, Score, group_rows, task_rows
 from matryoshka_lora.evaluation.samples import Samples
+from matryoshka_lora.evaluation.sharing import Exchange
 from matryoshka_lora.evaluation.tasks import EvalTask, TaskGroup
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 10.0
 """Seconds between two progress lines."""
-GATHER_EVERY = 512
-"""Outputs of each process between two exchanges with the one that writes."""
 
+Unit = tuple[Point, int]
+"""A document, by its id, at a point."""
+Answered = tuple[int, list[Output], Score]
+"""The number of a unit, all its outputs, and what they are worth."""
 Source = EvalTask | TaskGroup
 """What rows are of."""
 OnPoint = Callable[[Source, Point, list[Row], bool], None]
@@ -63,9 +67,10 @@ def run_sweep(
     folder: holds one samples file a task and number of shots.
     identity: goes into every sample; samples of another one (another adapter) are not read.
     lm: the `harness_lm` for which the tasks' requests were made, so that they are not made again.
-    processes: where there are several, each answers for its share of the documents and the main
-    one scores and writes; all must call this with the same arguments. lockstep: all of them answer
-    everything, as a sharded model needs. The rows do not depend on either.
+    processes: where there are several, each takes documents as it gets free and scores them, and
+    the main one writes; all must call this with the same arguments, and the others may be done
+    before it. lockstep: all of them answer everything, as a sharded model needs. The rows do not
+    depend on either.
     on_point: called on the main process with the rows of a task at a point when all its documents
     are there, and with those of a group when all its tasks are complete at that point. Each row
     that is returned goes through it once. Its last argument says whether anything was asked for it.
@@ -80,8 +85,13 @@ def run_sweep(
             task.requests(lm)
         stores = [Samples(folder, task, identity) for task in tasks] if main else []
         complete = _CompletePoints(stores, plan, on_point)
-        missing: list[dict[Point, set[int]]] = _from_main(
-            [{point: store.missing(point) for point in plan.points} for store in stores], processes
+        missing: list[dict[Point, set[int]]]
+        missing, name = _from_main(
+            (
+                [{point: store.missing(point) for point in plan.points} for store in stores],
+                uuid.uuid4().hex,
+            ),
+            processes,
         )
         for store in stores:
             for point in plan.points:
@@ -89,22 +99,35 @@ def run_sweep(
                     complete.add(store, point, answered=False)
         for factors in FACTOR_SETS:
             wanted = [
-                {p: docs for p, docs in of_task.items() if docs and p.factors == factors}
+                [
+                    (point, doc_id)
+                    for point, docs in of_task.items()
+                    if point.factors == factors
+                    for doc_id in sorted(docs)
+                ]
                 for of_task in missing
             ]
             if not any(wanted):
                 continue
             with use_factors(model, factors):
-                for index, (task, of_task) in enumerate(zip(tasks, wanted, strict=True)):
-                    if not of_task:
+                for index, (task, units) in enumerate(zip(tasks, wanted, strict=True)):
+                    if not units:
                         continue
+                    exchange: Exchange[Answered] | None = None
+                    if processes is not None and processes.num_processes > 1 and not lockstep:
+                        units = _in_order(units, task)
+                        exchange = Exchange(processes, f"{name}/{factors}/{index}")
+                    parts = None if exchange is None else exchange.parts(len(units))
                     # Closed before the factors go back: an engine may hold parts of the model.
-                    with closing(_answer(task, of_task, engine, processes, lockstep)) as answered:
+                    with closing(_answer(task, units, engine, parts, lockstep)) as answered:
                         if main:
-                            _keep(answered, stores[index], of_task, complete)
+                            every = answered if exchange is None else exchange.gather(answered)
+                            _keep(every, stores[index], units, complete)
+                        elif exchange is not None:
+                            exchange.send(answered)
                         else:
-                            extra = next(answered, None)  # works through all of it
-                            assert extra is None
+                            for _ in answered:  # in lockstep with the main process
+                                pass
     return complete.rows()
 
 
@@ -153,16 +176,25 @@ class _CompletePoints:
 
 
 def _keep(
-    answered: Iterator[tuple[Point, int, list[Output]]],
+    answered: Iterable[Answered],
     store: Samples,
-    missing: Mapping[Point, set[int]],
+    units: Sequence[Unit],
     complete: _CompletePoints,
 ) -> None:
-    """Score and write documents as they are answered; a point is complete with its last one."""
-    left = {point: len(docs) for point, docs in missing.items()}
+    """Write documents as they are answered; a point is complete with its last one."""
+    left = Counter(point for point, _ in units)
+    began = logged = time.monotonic()
     with store.appending() as append:
-        for point, doc_id, outputs in answered:
-            append(point, doc_id, outputs)
+        for count, (number, outputs, score) in enumerate(answered, 1):
+            if time.monotonic() - logged > PROGRESS_EVERY:
+                logged = time.monotonic()
+                seconds = (logged - began) / count * (len(units) - count)
+                logger.info(
+                    "%s %d-shot: %d of %d answers, about %d s left",
+                    *(store.task.name, store.task.shots, count, len(units), seconds),
+                )
+            point, doc_id = units[number]
+            append(point, doc_id, outputs, score)
             left[point] -= 1
             if not left[point]:
                 complete.add(store, point, answered=True)
@@ -170,71 +202,46 @@ def _keep(
 
 def _answer(
     task: EvalTask,
-    missing: Mapping[Point, set[int]],
+    units: Sequence[Unit],
     engine: Engine,
-    processes: Accelerator | None,
+    parts: Iterator[range] | None,
     lockstep: bool,
-) -> Generator[tuple[Point, int, list[Output]], None, None]:
-    """(point, document, all its outputs) as they become complete; nothing but on the main process.
+) -> Generator[Answered, None, None]:
+    """Units as they become complete.
 
-    Takes all jobs of the task under one factor set, so that an engine can mix points.
+    parts: of the units, those that this process takes; None: all. An engine gets all units of a
+    task under one factor set, so that it can mix points.
     """
     jobs: list[tuple[Point, Request]] = []
-    places: list[tuple[Point, int, int]] = []
-    for point, docs in missing.items():
-        for doc_id in sorted(docs):
-            for place, request in enumerate(task.document_requests(doc_id)):
-                jobs.append((point, request))
-                places.append((point, doc_id, place))
-    waiting: dict[tuple[Point, int], dict[int, Output]] = {}
-    began = logged = time.monotonic()
-    for count, (index, output) in enumerate(_outputs(jobs, engine, processes, lockstep), 1):
-        if time.monotonic() - logged > PROGRESS_EVERY:
-            logged = time.monotonic()
-            left = (logged - began) / count * (len(jobs) - count)
-            logger.info(
-                "%s %d-shot: %d of %d answers, about %d s left",
-                *(task.name, task.shots, count, len(jobs), left),
-            )
-        point, doc_id, place = places[index]
-        arrived = waiting.setdefault((point, doc_id), {})
-        assert place not in arrived, "an engine answers each job once"
-        arrived[place] = output
-        if len(arrived) == len(task.document_requests(doc_id)):
-            del waiting[(point, doc_id)]
-            yield point, doc_id, [arrived[place] for place in range(len(arrived))]
+    unit_of: list[int] = []
+    first = [0]
+    for number, (point, doc_id) in enumerate(units):
+        requests = task.document_requests(doc_id)
+        jobs += [(point, request) for request in requests]
+        unit_of += [number] * len(requests)
+        first.append(len(jobs))
+    # Whole units, so that requests that share a context stay together.
+    shares = None if parts is None else (range(first[p.start], first[p.stop]) for p in parts)
+    waiting: dict[int, dict[int, Output]] = {}
+    # Without a thread of its own where the base is sharded: forwards then wait for each other.
+    found = engine.run(jobs) if lockstep else answers_of(engine, jobs, shares)
+    with closing(found) as answers:
+        for index, output in answers:
+            number = unit_of[index]
+            arrived = waiting.setdefault(number, {})
+            assert index not in arrived, "an engine answers each job once"
+            arrived[index] = output
+            if len(arrived) == first[number + 1] - first[number]:
+                outputs = [output for _, output in sorted(waiting.pop(number).items())]
+                yield number, outputs, task.score(units[number][1], outputs)
     assert not waiting, "an engine answers every job"
 
 
-def _outputs(
-    jobs: list[tuple[Point, Request]],
-    engine: Engine,
-    processes: Accelerator | None,
-    lockstep: bool,
-) -> Iterator[tuple[int, Output]]:
-    """The engine's answers to all jobs, on the main process."""
-    if processes is None or processes.num_processes == 1:
-        yield from answers_of(engine, jobs)
-    elif lockstep:
-        for answer in engine.run(jobs):
-            if processes.is_main_process:
-                yield answer
-    else:
-        # By document, so that all that shares a context is answered by one process.
-        mine = [
-            index
-            for index, (_, request) in enumerate(jobs)
-            if request.doc_id % processes.num_processes == processes.process_index
-        ]
-        with closing(answers_of(engine, [jobs[index] for index in mine])) as found:
-            while True:
-                part = [(mine[index], output) for index, output in islice(found, GATHER_EVERY)]
-                parts = gather_object([part])
-                if not any(parts):
-                    return
-                if processes.is_main_process:
-                    for part in parts:
-                        yield from part
+def _in_order(units: Sequence[Unit], task: EvalTask) -> list[Unit]:
+    """Point by point, and the longest documents first, as an engine orders what it gets at once."""
+    length = {doc: max(len(r.context) for r in task.document_requests(doc)) for _, doc in units}
+    points = {point: number for number, point in enumerate(dict.fromkeys(p for p, _ in units))}
+    return sorted(units, key=lambda unit: (points[unit[0]], -length[unit[1]]))
 
 
 def _from_main(value: Any, processes: Accelerator | None) -> Any:

@@ -75,14 +75,27 @@ class HFEngine:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self.model = model
+        self.model, self.batch_size = model, batch_size
         self.lm = harness_lm(model, tokenizer, batch_size)
 
-    @torch.no_grad()
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Outputs:
         """See `Engine.run`; answers come when all requests of a kind at a point are done."""
+        taken: list[int] = []
+        for part in [range(len(jobs))] if parts is None else parts:
+            taken += part
+            if parts is None or len(taken) >= self.batch_size:
+                yield from self._answer(jobs, taken)
+                taken = []
+        yield from self._answer(jobs, taken)
+
+    @torch.no_grad()
+    def _answer(self, jobs: Sequence[tuple[Point, Request]], taken: Sequence[int]) -> Outputs:
+        """taken: indices of the jobs to answer."""
         calls: dict[tuple[Point, str], list[int]] = {}
-        for index, (point, request) in enumerate(jobs):
+        for index in taken:
+            point, request = jobs[index]
             calls.setdefault((point, request.kind), []).append(index)
         for (point, kind), indices in calls.items():
             instances = [jobs[index][1].instance for index in indices]

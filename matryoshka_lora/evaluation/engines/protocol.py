@@ -1,6 +1,6 @@
 """What the rank sweep asks of an engine, and nothing about how an engine answers it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -61,6 +61,12 @@ Outputs = Generator[tuple[int, Output], None, None]
 class Engine(Protocol):
     """Answers jobs; all jobs of one call share a factor set, ranks and rules mix freely."""
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
-        """Yield (index into `jobs`, output) in any order, each index once, as answers come."""
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Outputs:
+        """Yield (index into `jobs`, output) in any order, each index once, as answers come.
+
+        parts: the indices to answer, of which the engine takes the next ones when it has room for
+        them, so that what it does not take is left for other processes. None: all.
+        """
         ...

@@ -60,6 +60,11 @@ class DecodeState:
         """Answers that are not complete."""
         return self.used - len(self.complete)
 
+    @property
+    def free_rows(self) -> int:
+        """Of the KV cache, for further answers."""
+        return self.cache.rows - self.active
+
     def groups(self) -> list[Group]:
         """Of the answers that are not complete."""
         complete = set(self.complete)

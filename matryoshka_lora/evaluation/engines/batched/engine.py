@@ -12,7 +12,7 @@ later, which matters only where a stop string crosses another or is a special to
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -115,7 +115,9 @@ class BatchedEngine:
         self.lockstep = lockstep
         self.stops = StopStrings(tokenizer)
 
-    def run(self, jobs: Sequence[tuple[Point, Request]]) -> Outputs:
+    def run(
+        self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
+    ) -> Outputs:
         """See `Engine.run`. The model is the engine's until the iterator ends or is closed."""
         if not jobs:
             return
@@ -131,7 +133,7 @@ class BatchedEngine:
             with here:
                 if not self.lockstep:  # sharded weights are gathered inside the modules
                     stack.enter_context(fused(self.model))
-                run = Run(self, factors, jobs)
+                run = Run(self, factors, jobs, parts)
             while run.busy:
                 answers = None
                 try:
@@ -172,7 +174,11 @@ class Run:
     """One `BatchedEngine.run`: launches what the scheduler says and reads the results in order."""
 
     def __init__(
-        self, engine: BatchedEngine, factors: ComputeFactors, jobs: Sequence[tuple[Point, Request]]
+        self,
+        engine: BatchedEngine,
+        factors: ComputeFactors,
+        jobs: Sequence[tuple[Point, Request]],
+        parts: Iterator[range] | None,
     ) -> None:
         self.engine, self.model = engine, engine.model
         self.device = engine.model.device
@@ -184,8 +190,10 @@ class Run:
         dtype = wide if rounded_after else self.model.dtype
         self.table = DiagonalTable(adapter_layers(self.model), points, self.device, dtype)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        index = {point: number for number, point in enumerate(points)}
+        every = [range(len(jobs))] if parts is None else parts
         self.scheduler = Scheduler(
-            group_requests(jobs, {point: index for index, point in enumerate(points)}),
+            (group_requests(jobs, part, index) for part in every),
             self.requests,
             engine.limits,
             vocabulary * self.model.dtype.itemsize,
@@ -202,7 +210,7 @@ class Run:
     def busy(self) -> bool:
         """Whether answers are missing."""
         active = self.state is not None and self.state.active
-        return bool(self.scheduler.scoring or self.scheduler.waiting or self.in_flight or active)
+        return bool(self.scheduler.busy or self.in_flight or active)
 
     @torch.no_grad()
     def advance(self) -> Answers:
@@ -210,7 +218,8 @@ class Run:
         launched = self._launch()
         if launched is not None:
             self.in_flight.append(launched)
-        if launched is None or len(self.in_flight) > PIPELINE_DEPTH[self.device.type]:
+        full = len(self.in_flight) > PIPELINE_DEPTH[self.device.type]
+        if full or (launched is None and self.in_flight):
             return self.in_flight.popleft()()
         return []
 
@@ -231,6 +240,7 @@ class Run:
 
     def _launch(self) -> Callable[[], Answers] | None:
         """None: there is nothing to launch before the host has read what is in flight."""
+        self.scheduler.take(None if self.state is None else self.state.free_rows)
         if groups := self.scheduler.next_scoring():
             read, _ = self._prefill(groups, None)
             self.scheduler.started(self.scheduler.scoring, groups)

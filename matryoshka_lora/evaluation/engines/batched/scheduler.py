@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -79,11 +79,17 @@ class Group:
     """Indices of the jobs whose targets follow the context."""
 
 
-def group_requests(jobs: Sequence[tuple[Point, Request]], index: dict[Point, int]) -> list[Group]:
-    """One group per point and context, and one more for every further answer to generate for it."""
+def group_requests(
+    jobs: Sequence[tuple[Point, Request]], part: Iterable[int], index: dict[Point, int]
+) -> list[Group]:
+    """One group per point and context, and one more for every further answer to generate for it.
+
+    part: indices of the jobs to group. index: of each point.
+    """
     groups: list[Group] = []
     known: dict[tuple[int, tuple[int, ...]], Group] = {}
-    for job, (point, request) in enumerate(jobs):
+    for job in part:
+        point, request = jobs[job]
         assert request.context, "a request has at least one token of context"
         key = (index[point], request.context)
         found = known.get(key)
@@ -100,7 +106,7 @@ def group_requests(jobs: Sequence[tuple[Point, Request]], index: dict[Point, int
 
 
 class Scheduler:
-    """The groups that wait, and which of them go next.
+    """The groups that wait, which of them go next, and when to take further ones.
 
     Groups leave their queue only with `started`, after their prefill was launched, so that none is
     lost where memory runs out.
@@ -108,20 +114,52 @@ class Scheduler:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        parts: Iterable[Sequence[Group]],
         requests: Sequence[Request],
         limits: Limits,
         token_logits_bytes: int,
     ) -> None:
-        """requests: those of the jobs. token_logits_bytes: of the logits of one token."""
+        """parts: the groups to compute, see `take`. requests: those of the jobs.
+
+        token_logits_bytes: of the logits of one token.
+        """
         self.requests, self.limits = requests, limits
         self._token_logits_bytes = token_logits_bytes
-        # Point by point, so that points become complete one after the other; within a point the
-        # longest first, so that what shares a prefill or a decode step is of similar length.
-        ordered = sorted(groups, key=lambda g: (g.point, -len(g.context)))
-        self.scoring = deque(g for g in ordered if g.generate is None)
+        self._parts = iter(parts)
+        self._more = True
+        self.scoring: deque[Group] = deque()
         """Groups without an answer to generate; they come first."""
-        self.waiting = deque(g for g in ordered if g.generate is not None)
+        self.waiting: deque[Group] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether groups wait, or may be there to take."""
+        return bool(self._more or self.scoring or self.waiting)
+
+    def take(self, free: int | None) -> None:
+        """Take parts until more waits than one prefill, or the free rows of the cache, can hold.
+
+        free: None where there is no cache yet.
+        """
+        if free == 0:
+            return
+        most = self.limits.max_rows if free is None else free
+        while self._more and len(self.waiting) <= most and not self._fills_prefill():
+            part = next(self._parts, None)
+            if part is None:
+                self._more = False
+                return
+            # Point by point, so that points become complete one after the other; within a point
+            # the longest first, so that what shares a prefill or a decode step is of similar
+            # length.
+            ordered = sorted(part, key=lambda g: (g.point, -len(g.context)))
+            self.scoring += [g for g in ordered if g.generate is None]
+            self.waiting += [g for g in ordered if g.generate is not None]
+
+    def _fills_prefill(self) -> bool:
+        """Whether one of the queues holds more than one prefill."""
+        queues = (self.scoring, self.waiting)
+        return any(len(self._head(queue, len(queue))) < len(queue) for queue in queues)
 
     def next_scoring(self) -> list[Group]:
         """The groups of `scoring` to prefill now."""
@@ -137,7 +175,7 @@ class Scheduler:
         enough = (
             active == 0
             or free >= rows / 4
-            or len(groups) == len(self.waiting)
+            or (len(groups) == len(self.waiting) and not self._more)
             or sum(len(g.context) for g in groups) >= self.limits.max_tokens / 2
         )
         return groups if enough else []
@@ -164,12 +202,12 @@ class Scheduler:
     def cache_shape(
         self, model: PreTrainedModel, token_bytes: int, lockstep: bool
     ) -> tuple[int, int, int]:
-        """(rows, tokens of a row, tokens of the longest answer) of a KV cache for what waits.
+        """(rows, tokens of a row, tokens of the longest answer) of a KV cache for all answers.
 
         As many rows as are asked for and memory allows, each for the longest request. token_bytes:
         what one token takes. lockstep: as many as the process with the least memory can hold.
         """
-        asked = [self.requests[g.generate] for g in self.waiting if g.generate is not None]
+        asked = [request for request in self.requests if request.kind == "generate"]
         size = max(len(request.context) + request.max_new_tokens - 1 for request in asked)
         row_bytes = size * token_bytes
         fit = max(self.limits.cache_bytes(model, lockstep) // row_bytes, 1)
