@@ -716,6 +716,25 @@ def test_validation_comes_at_each_multiple_of_its_interval():
     assert [done for done in range(1, 8) if is_validated(done, 10, settings)] == [3, 5]
 
 
+def test_a_large_vocabulary_makes_held_out_forwards_smaller(monkeypatch):
+    examples, config = make_examples(70), make_config()
+    model = make_model(config, fill_B=True)
+    vocabulary = len(model.get_input_embeddings().weight)
+    labels, read, sizes = sum(e.labels for e in examples), reading(model, config), []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["logits_to_keep"])),
+        with_kwargs=True,
+    )
+    expected = read["loss_on"](examples)
+    assert len(sizes) == 2  # 64 and 6 examples
+    monkeypatch.setattr("matryoshka_lora.evaluation.held_out.LOGITS", labels * vocabulary // 7)
+    sizes.clear()
+    assert read["loss_on"](examples) == pytest.approx(expected, rel=1e-6)
+    assert len(sizes) == 7 and sum(sizes) == labels
+    monkeypatch.setattr("matryoshka_lora.evaluation.held_out.LOGITS", 1)
+    assert read["loss_on"](examples) == pytest.approx(expected, rel=1e-6)
+
+
 def test_few_held_out_records_are_read_at_equal_distances():
     assert validation_sample(range(5)) == [0, 1, 2, 3, 4] and validation_sample([]) == []
     found = validation_sample(range(374))
