@@ -23,8 +23,8 @@ GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
 .PHONY: help setup quickstart test test-all lint format report smollm2 gemma3 reproduce-table2 \
-        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-scaling \
-        benchmark-sweep
+        reproduce-table3 reproduce-smollm2 reproduce-gemma3 benchmark-training \
+        benchmark-scaling benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -80,6 +80,10 @@ reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, 
 	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
+
+reproduce-gemma3: setup ## nested and dedicated LoRAs on GSM8K with Gemma 3 270M; DRY=1 only plans
+	$(BIN)/python scripts/prepare_model.py gemma3
+	$(BIN)/python scripts/reproduce.py gemma3_270m model.path=models/gemma-3-270m $(GRID)
 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU

