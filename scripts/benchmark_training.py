@@ -90,9 +90,7 @@ NOTE = """\
 Training speed, random weights, GSM8K's lengths, effective batch 32 (`make benchmark-training`).
 Tokens are real, unpadded ones; `x peft 8x4` is the ratio to PEFT's LoRA under the HF Trainer in the
 same run; MFU is against a matrix product measured in the same run; start is what the first steps
-took beyond a steady step, compilation for the most part. On CUDA the PEFT baselines with padding of
-commits before b722bc6 have cuDNN attention, which plans anew for each length that it has not seen:
-a few steps of them say too little about a long training. Records: `training.json`."""
+took beyond a steady step, compilation for the most part. Records: `training.json`."""
 
 
 @dataclass
