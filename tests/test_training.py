@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TARGETS, small_llama
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Gemma3ForCausalLM, Gemma3TextConfig
 
 from matryoshka_lora.config import Config, TrainerConfig, adapter_spec_of, build_method
 from matryoshka_lora.core.adapter import adapter_layers, adapter_parameters, add_adapters, at_rank
@@ -68,8 +68,8 @@ def eventful(method):
     return config
 
 
-def make_model(config, dtype=torch.float32, fill_B=False):
-    model = small_llama(dtype=dtype)
+def make_model(config, dtype=torch.float32, fill_B=False, base=None):
+    model = small_llama(dtype=dtype) if base is None else base
     add_adapters(model, adapter_spec_of(config), TARGETS, dtype=dtype, seed=config.seed)
     build_method(config).hooks.initialise(adapter_parameters(model), config.seed)
     if fill_B:
@@ -166,6 +166,33 @@ def test_loss_and_gradients_do_not_depend_on_cut_or_packing(
     loss, grads = loss_and_gradients(model, examples, p, micro, packed)
     assert abs(loss - reference) / reference < loss_bound
     assert relative(grads, expected) < grad_bound
+
+
+def test_packing_keeps_the_windows_of_each_document():
+    shape = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=4,
+    )
+    config, examples = make_config("nested_matryoshka"), make_examples(8)
+    method = build_method(config)
+    p = method.diagonals[method.choose(0, 0, 8, None)]
+    assert len(p.unique(dim=0)) > 1 and max(len(e.tokens) for e in examples) > 2 * 4
+    torch.manual_seed(0)
+    model = make_model(config, fill_B=True, base=Gemma3ForCausalLM(shape).eval())
+    windows = [layer.self_attn.sliding_window for layer in model.model.layers]
+    assert windows == [4, None]
+    expected, gradients = loss_and_gradients(model, examples, p, 1, packed=False)
+    for micro in (2, 8):
+        loss, found = loss_and_gradients(model, examples, p, micro, packed=True)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert relative(found, gradients) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["matryoshka", "nested_dropout"])
@@ -714,6 +741,25 @@ def test_validation_comes_at_each_multiple_of_its_interval():
     ]
     settings.validate_every = 0.25
     assert [done for done in range(1, 8) if is_validated(done, 10, settings)] == [3, 5]
+
+
+def test_a_large_vocabulary_makes_held_out_forwards_smaller(monkeypatch):
+    examples, config = make_examples(70), make_config()
+    model = make_model(config, fill_B=True)
+    vocabulary = len(model.get_input_embeddings().weight)
+    labels, read, sizes = sum(e.labels for e in examples), reading(model, config), []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["logits_to_keep"])),
+        with_kwargs=True,
+    )
+    expected = read["loss_on"](examples)
+    assert len(sizes) == 2  # 64 and 6 examples
+    monkeypatch.setattr("matryoshka_lora.evaluation.held_out.LOGITS", labels * vocabulary // 7)
+    sizes.clear()
+    assert read["loss_on"](examples) == pytest.approx(expected, rel=1e-6)
+    assert len(sizes) == 7 and sum(sizes) == labels
+    monkeypatch.setattr("matryoshka_lora.evaluation.held_out.LOGITS", 1)
+    assert read["loss_on"](examples) == pytest.approx(expected, rel=1e-6)
 
 
 def test_few_held_out_records_are_read_at_equal_distances():

@@ -20,6 +20,8 @@ from matryoshka_lora.ops.attention import packed_attention
 
 BATCH, LARGE_BATCH = 32, 64
 """Examples of one forward. In larger ones a small model's few readings take less time."""
+LOGITS = 2**29
+"""Numbers in the logits of one forward, about: a large vocabulary takes fewer examples."""
 
 
 def held_out_rows(
@@ -76,12 +78,14 @@ def _losses(
     accelerator: Accelerator,
     batch: int,
 ) -> list[float]:
-    """Loss in nats a label token, of each reading, in forwards of `batch` examples.
+    """Loss in nats a label token, of each reading, in forwards of at most `batch` examples.
 
     Each process takes its share of the examples; where the base is sharded all must run the same
     forwards, and each takes all of them.
     """
     labels = sum(example.labels for example in examples)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    batch = max(min(batch, LOGITS * len(examples) // (labels * vocabulary)), 1)
     batches = [examples[i : i + batch] for i in range(0, len(examples), batch)]
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if not sharded:
