@@ -58,8 +58,8 @@ class Diagnostics:
     those of method, adapter and training that change the adapter, are not at their default and have
     no field of their own here. steps: the middle of each window, counted from 1. gradient_norms:
     (windows, len(blocks)), the mean over a window of the norm of a block, whose last row `blocks`
-    gives. singular_values: (R,), s_i / s_1. component_norms: (R,), |p_i| ||a_i|| ||b_i|| / s_1 in the order of training. Both are means over
-    the layers that have an update.
+    gives. singular_values: (R,), s_i / s_1. component_norms: (R,), |p_i| ||a_i|| ||b_i|| / s_1 in
+    the order of training. Both are means over the layers that have an update.
     """
 
     schema: int
