@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel
@@ -55,6 +57,16 @@ LONGEST = (220, 310, 464)
 def settings_of(options: Any) -> dict[str, Any]:
     """The options, a dataclass, without folders, which other machines do not have."""
     return {key: value for key, value in asdict(options).items() if key not in FOLDERS}
+
+
+def shard_base_over(accelerator: Accelerator) -> None:
+    """Have the base sharded, as a launch with configs/accelerate/fsdp.yaml does it on GPUs.
+
+    Raises UserError for one process.
+    """
+    if accelerator.num_processes == 1:
+        raise UserError("sharded=true needs several processes: start it by torchrun")
+    accelerator.state.distributed_type = DistributedType.FSDP
 
 
 def run_each(script: str, entries: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> int:

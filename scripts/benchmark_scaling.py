@@ -1,24 +1,28 @@
 """What 2, 4, ... GPUs of one host bring over one: training, the sweep, and a grid of runs.
 
     python scripts/benchmark_scaling.py model_path=models/SmolLM2-135M-Instruct data_path=data
-    python scripts/benchmark_scaling.py parts=[training,sharded] gpus=[1,4]
+    python scripts/benchmark_scaling.py parts=[training,sharded] gpus=[1,4] seconds=540
     python scripts/benchmark_scaling.py gpus=[1,2] shapes=[tiny-r32] sweeps=[tiny] steps=5 \\
         loss_steps=20 grid_runs=4 grid_steps=20     everything on CPUs, with the embedded model
 
 The parts: `training` and `sharded` are starts of scripts/benchmark_training.py, 32 samples a step
 on each GPU; `sweep` of scripts/benchmark_sweep.py; `losses` trains one run on each number of GPUs,
-with the same effective batch, and compares the losses of all steps; `grid` is `train.py -m` with
-the GPU queue, the same runs on one GPU and on the most. SmolLM2 is trained on GSM8K where
-`model_path` is given, else the embedded model.
+with the same effective batch, on the most also with a sharded base (configs/accelerate/fsdp.yaml),
+and compares the losses of all steps; `grid` is `train.py -m` with the GPU queue, the same runs on
+one GPU and on the most. SmolLM2 is trained on GSM8K where `model_path` is given, else the embedded
+model.
 
 Measurements that fit on the host's cards run side by side. Each adds an entry to a record in
 `output` (training.json, sweep.json, scaling.json) as soon as it is done, and one that is there with
-the same options is not measured again. `scaling.md` has the speed of n GPUs as a share of n times
-the speed of one.
+the same options is not measured again. What takes longer than `LIMIT` seconds, or is not done when
+`seconds` are over, is ended and named; the rest goes on. `scaling.md` has the speed of n GPUs as a
+share of n times the speed of one.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +36,7 @@ from typing import Any
 
 import benchmark_sweep
 import benchmark_training
+import psutil
 from benchmark_common import (
     COMMITTED,
     LOCAL,
@@ -52,29 +57,39 @@ logger = logging.getLogger("matryoshka_lora.benchmark")
 
 SCRIPTS = Path(__file__).parent
 TRAIN = SCRIPTS.parent / "train.py"
+SHARDED_LAUNCH = SCRIPTS.parent / "configs" / "accelerate" / "fsdp.yaml"
+LIMIT = 300.0
+"""Seconds of one measurement, several times what it should take: a hang costs no more."""
 SHAPES = {
     "llama3_8b-r32": "shape=llama3_8b rank=32",
     "llama3_8b-r256": "shape=llama3_8b rank=256",
-    "llama3_1b-r32": "shape=llama3_1b rank=32 cuda_graphs=true warmup=60",
-    "llama3_1b-r256": "shape=llama3_1b rank=256 cuda_graphs=true warmup=60",
+    "llama3_1b-r32": "shape=llama3_1b rank=32 cuda_graphs=true warmup=60 steps=60",
+    "llama3_1b-r256": "shape=llama3_1b rank=256 cuda_graphs=true warmup=60 steps=60",
     "llama3_8b-r256-sharded": "shape=llama3_8b rank=256 sharded=true",
-    "llama3_70b-r16-sharded": "shape=llama3_70b rank=16 sharded=true gradient_checkpointing=true",
+    "llama3_70b-r16-sharded": (
+        "shape=llama3_70b rank=16 sharded=true gradient_checkpointing=true warmup=3 steps=8"
+    ),
     "tiny-r32": "shape=tiny rank=32",
     "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
 """Name -> options of benchmark_training.py."""
 SHARDED = "-sharded"
-LEAST = {"llama3_70b-r16-sharded": 4}
-"""Name -> the fewest GPUs that can hold it, where more than one."""
 RUN = "run"
 SWEEPS = {
     "llama3_1b-3shot": "shape=llama3_1b shots=3",
+    # Each token gathers the base, so few documents; the ranks are answered together.
+    "llama3_70b-sharded": (
+        "shape=llama3_70b rank=16 ranks=[1,4,16] documents=16 shots=0 sharded=true"
+    ),
+    "tiny-sharded": "shape=tiny rank=32 shots=0 documents=8 sharded=true",
     "tiny": "shape=tiny shots=0 rank=32 documents=40",
     RUN: "",
 }
 """Name -> options of benchmark_sweep.py; `run` is the run of `losses` on one GPU."""
+LEAST = {"llama3_70b-r16-sharded": 4, "llama3_70b-sharded": 4, "tiny-sharded": 2}
+"""Name -> the fewest GPUs that can hold it, where more than one."""
 ALONE = "losses-x1"
-PARTS = ("training", "losses", "sharded", "sweep", "grid")
+PARTS = ("training", "sharded", "sweep", "losses", "grid")
 BENCHMARKS = ("training", "sweep", "scaling")
 GOALS = {"llama3_8b-r32": 0.93, "llama3_1b-r256": 0.88, "sweep": 0.85, "grid": 0.875}
 # Of a number in bf16, which has 8 significant bits, relative to it.
@@ -100,8 +115,11 @@ class Options:
         "of training and sharded",
         choices=SHAPES,
     )
-    sweeps: list[str] = option(["llama3_1b-3shot", RUN], "of sweep", choices=SWEEPS)
-    steps: int = option(60, "of training, measured after the warm-up")
+    sweeps: list[str] = option(
+        ["llama3_1b-3shot", "llama3_70b-sharded", RUN], "of sweep", choices=SWEEPS
+    )
+    seconds: float = option(math.inf, "for all; what is not done then is ended")
+    steps: int = option(20, "of training, measured after the warm-up, where a shape has no own")
     loss_steps: int = option(300, "of the run of losses")
     grid_runs: int = option(8, "seeds of the grid")
     grid_steps: int = option(300, "of each run of the grid")
@@ -134,6 +152,7 @@ class Bench:
     def __init__(self, options: Options, on_gpus: bool) -> None:
         self.options, self.on_gpus = options, on_gpus
         self.output, self.work = Path(options.output), Path(options.work)
+        self.end = time.monotonic() + options.seconds
         self.entries = {name: read_entries(self.output, name) for name in BENCHMARKS}
         self.card = environment()["device"]["name"]
 
@@ -146,6 +165,8 @@ class Bench:
         options, counts = self.options, sorted(self.options.gpus)
         if part == "losses":
             yield self._losses("losses-split", 1, (f"trainer.max_tokens={self._half_step()}",))
+            if self.on_gpus and counts[-1] > 1:
+                yield self._losses(f"losses{SHARDED}-x{counts[-1]}", counts[-1])
         if part == "grid":
             counts = [count for count in counts if count in (1, counts[-1])]
         for count in counts:
@@ -155,7 +176,8 @@ class Bench:
                 yield self._grid(count)
             elif part == "sweep":
                 for sweep in options.sweeps:
-                    yield self._sweep(sweep, count)
+                    if count >= LEAST.get(sweep, 1):
+                        yield self._sweep(sweep, count)
             else:
                 for shape in options.shapes:
                     if shape.endswith(SHARDED) != (part == "sharded"):
@@ -182,7 +204,8 @@ class Bench:
         if count == 1:
             shape = shape.removesuffix(SHARDED)
         arguments = [*SHAPES[shape].split(), "methods=[matryoshka]", "baselines=[]"]
-        arguments += [f"steps={self.options.steps}", f"output={self.output}"]
+        arguments += [] if "steps=" in SHAPES[shape] else [f"steps={self.options.steps}"]
+        arguments += [f"output={self.output}"]
         settings = settings_of(parse_options(benchmark_training.Options, arguments))
         if self.is_measured("training", settings, count):
             return None
@@ -223,7 +246,7 @@ class Bench:
 
         def run(ids: Sequence[str]) -> None:
             command = [TRAIN, *overrides, *self._places(key)]
-            seconds = self.start(key, ids, command, count)
+            seconds = self.start(key, ids, command, count, sharded=SHARDED in key)
             folder = self.only_run(key)
             training = read_record(folder.record).training or {}
             lines = folder.train_log.read_text().splitlines()
@@ -252,7 +275,8 @@ class Bench:
         def run(ids: Sequence[str]) -> None:
             queue = ["-m", "hydra/launcher=gpu_queue"]
             queue += [] if self.on_gpus else [f"hydra.launcher.gpus={count}"]
-            seconds = self.start(key, ids, [TRAIN, *queue, *overrides, *self._places(key)], 1)
+            command = [TRAIN, *queue, *overrides, *self._places(key)]
+            seconds = self.start(key, ids, command, 1, limit=math.inf)
             records = [read_record(path) for path in find_records(self.work / key / "runs")]
             finished = sum(record.status == "finished" for record in records)
             if finished != self.options.grid_runs:
@@ -296,12 +320,28 @@ class Bench:
             raise UserError(f"{self.work / key} holds {len(found)} runs, not one; measure it again")
         return RunFolder(found[0].parent)
 
-    def start(self, name: str, ids: Sequence[str], command: Sequence[Any], processes: int) -> float:
+    def start(
+        self,
+        name: str,
+        ids: Sequence[str],
+        command: Sequence[Any],
+        processes: int,
+        *,
+        sharded: bool = False,
+        limit: float = LIMIT,
+    ) -> float:
         """Run a Python command on these cards; the seconds until its end.
 
-        Raises RuntimeError with the last line of its output if it fails.
+        sharded: launched by the file for that; scripts of this folder have an option instead.
+        Raises RuntimeError with the last line of its output if it fails or takes too long.
         """
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launch: list[Any] = []
+        if sharded:
+            launch = ["-m", "accelerate.commands.launch", "--config_file", SHARDED_LAUNCH]
+            launch += ["--num_processes", processes]
+        elif processes > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc_per_node={processes}"]
         log = self.work / "logs" / f"{file_name(name)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         cores = os.cpu_count() or 1
@@ -310,17 +350,29 @@ class Bench:
             "OMP_NUM_THREADS": str(max(1, cores // max(8, len(ids)))),
         }
         began = time.monotonic()
+        seconds = min(limit, self.end - began)
+        if seconds <= 0:
+            raise RuntimeError("not begun: no time was left")
         with log.open("wb") as output:
-            done = subprocess.run(
-                [sys.executable, *(launch if processes > 1 else ()), *map(str, command)],
+            process = psutil.Popen(
+                [sys.executable, *map(str, [*launch, *command])],
                 env=environment_of_children() | own,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        if done.returncode:
-            error = last_error(log.read_text(errors="replace"))
-            raise RuntimeError(f"exit code {done.returncode}: {error} (see {log})")
+            try:
+                code = process.wait(None if seconds == math.inf else seconds)
+            except psutil.TimeoutExpired:
+                # Launchers put their processes into sessions of their own.
+                for each in [process, *process.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+                process.wait()
+                code = None
+        if code != 0:
+            what = f"ended after {seconds:.0f} s" if code is None else f"exit code {code}"
+            raise RuntimeError(f"{what}: {last_error(log.read_text(errors='replace'))} (see {log})")
         return time.monotonic() - began
 
 
@@ -383,8 +435,8 @@ def main(options: Options) -> int:
     began = time.monotonic()
     failed = run_all(plan, ids or [str(number) for number in range(max(options.gpus))])
     logger.info("all in %.0f s", time.monotonic() - began)
-    print(write_scaling(bench.output, all_entries(bench.output)))
     print(*failed, sep="\n", file=sys.stderr, end="\n" if failed else "")
+    print(write_scaling(bench.output, all_entries(bench.output)))
     return 1 if failed else 0
 
 
@@ -454,7 +506,7 @@ def _row(
         "figure": speed,
         "x one": f"{times_one:.2f}" if times_one else "",
         "efficiency": f"{times_one / n:.3f}" if times_one else "",
-        "goal": f"{goal}" if goal and n > 1 else "",
+        "goal": f"{goal}" if goal and n > 1 and times_one else "",
         "peak GiB a GPU": f"{gib:.1f}" if gib else "",
         "notes": notes,
     }

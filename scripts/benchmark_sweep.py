@@ -5,7 +5,8 @@
     python scripts/benchmark_sweep.py run=FOLDER "tasks=[gsm8k:0]" data_path=data
                                                                    the adapter of a finished run
     torchrun --nproc_per_node=4 scripts/benchmark_sweep.py baseline=false shape=llama3_1b
-                                                                   the sweep on several GPUs
+                                                                   the sweep on several GPUs, with
+                                                                   sharded=true over one base
 
 Shapes have random weights and get random words in problems of GSM8K's lengths, through lm-eval's
 own gsm8k task. A random model never stops, so both systems end an answer at the length of its
@@ -53,6 +54,7 @@ from benchmark_common import (
     read_entries,
     run_each,
     settings_of,
+    shard_base_over,
     synchronize,
     write_table,
 )
@@ -135,6 +137,7 @@ class Options:
     baseline_points: int | None = option(None, "of a run, for HF; null: 3, tiny on a CPU: all")
     baseline_documents: int = option(64, "that the HF backend answers at a point")
     cuda_graphs: bool = option(True, "eval.cuda_graphs, of the batched engine on a GPU")
+    sharded: bool = option(False, "a shape's base over the processes, which answer together")
     output: str = option(
         LOCAL, f"folder of record and table; {COMMITTED} adds to the committed ones"
     )
@@ -150,6 +153,8 @@ def check(options: Options) -> None:
             raise UserError(f"{key}={given} must be 1 or more")
     if options.baseline and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("the HF backend is measured on one process alone; set baseline=false")
+    if options.sharded and (options.baseline or options.shape is None):
+        raise UserError("sharded=true needs a shape and baseline=false")
     if not options.baseline and options.shape is None and options.run is None:
         raise UserError("baseline=false needs a shape or a run")
     read_entries(Path(options.output), "sweep")
@@ -267,7 +272,9 @@ def answer(
     outputs: Answers = {}
     synchronize(device)
     began = shown = time.perf_counter()
-    for index, output in answers_of(engine, jobs):
+    # In a thread of its own, but for a sharded base: forwards then wait for each other.
+    lockstep = isinstance(engine, BatchedEngine) and engine.lockstep
+    for index, output in engine.run(jobs) if lockstep else answers_of(engine, jobs):
         point, request = jobs[index]
         outputs[(point, request)] = output
         key = (point, request.doc_id)
@@ -355,6 +362,8 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
     device = accelerator.device
     ceiling = matmul_rate(device, DTYPES[dtype])
     logger.info("%s: matrix product %.3g TFLOP/s; making the model", name, ceiling / 1e12)
+    if options.sharded:
+        shard_base_over(accelerator)
     model = build_adapted_model(config, accelerator)
     fill_factors(model)
     tokenizer = word_tokenizer(model.config.vocab_size)
@@ -367,7 +376,9 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
     # As the sweep orders what it shares out.
     ordered = sorted(requests, key=lambda request: -len(request.context))
     jobs = [(point, request) for point in points for request in ordered]
-    engine = BatchedEngine(model, tokenizer, cuda_graphs=options.cuda_graphs)
+    engine = BatchedEngine(
+        model, tokenizer, cuda_graphs=options.cuda_graphs, lockstep=options.sharded
+    )
     sample, hf_seconds = [], 0.0
     if options.baseline:
         sample = some_batches(requests, options.batch_size, options.baseline_documents)
@@ -379,11 +390,13 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
         with capped(model, limits):
             hf_seconds, _ = answer(hf, task, asked, device)
         logger.info("%.1f s", hf_seconds)
+    elif options.sharded:  # each token takes long, and nothing is compiled
+        answer(engine, task, [(points[0], replace(requests[0], max_new_tokens=2))], device)
     else:
         answer(engine, task, jobs[:: max(len(jobs) // WARM_UP, 1)], device)
     logger.info("batched engine: %d points", len(points))
     reset_peak(device)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not options.sharded:
         seconds, outputs = answer_together(task, engine, jobs, accelerator)
     else:
         seconds, outputs = answer(engine, task, jobs, device)
@@ -397,7 +410,7 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
         "processes": accelerator.num_processes,
         "answers_sha": digest(outputs),
         **figures(seconds, len(jobs), prompts, tokens),
-        "peak_gib": peak_gib(device, options.cuda_graphs),
+        "peak_gib": peak_gib(device, engine.cuda_graphs),
         "matmul_flops": ceiling,
     }
     if options.baseline:
@@ -407,6 +420,7 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
             "hf_batch_size": options.batch_size,
         }
     key = f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}"
+    key += "-sharded" * options.sharded
     return {key + behind(accelerator): entry}
 
 

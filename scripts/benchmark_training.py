@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from benchmark_common import (
     COMMITTED,
     LOCAL,
@@ -38,6 +37,7 @@ from benchmark_common import (
     read_entries,
     run_each,
     settings_of,
+    shard_base_over,
     synchronize,
     training_flops,
     write_table,
@@ -322,10 +322,7 @@ def measure(options: Options) -> None:
         # By the clock, one process would end while another waits for its gradients.
         raise UserError(f"{processes} processes: give steps=... and baselines=[]")
     if options.sharded:
-        if processes == 1:
-            raise UserError("sharded=true needs several processes: start it by torchrun")
-        # What accelerate makes of a launch with fsdp.yaml; without a GPU it would not.
-        accelerator.state.distributed_type = DistributedType.FSDP
+        shard_base_over(accelerator)
     config = Config(seed=SEED)
     config.model.name, config.model.dtype, config.model.random_weights = name, dtype, True
     config.adapter.rank = options.rank
@@ -360,6 +357,8 @@ def measure(options: Options) -> None:
                 clock.graphs = trainer.cuda_graphs
                 figures = measure_ours(config, examples, clock, accelerator)
         except torch.OutOfMemoryError as error:
+            if processes > 1:  # the others would wait for this one
+                raise
             figures = {"error": str(error).splitlines()[0]}
         systems[system] = figures
         logger.info("%s: %s", system, figures)

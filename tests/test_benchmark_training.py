@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from benchmark_common import (
@@ -271,6 +272,46 @@ def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, mon
     assert names(parts=["losses", "grid"], gpus=[1, 2, 4]) == [
         *("losses-split", "losses-x1", "losses-x2", "losses-x4", "grid-x1", "grid-x4")
     ]
+
+
+def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
+    """A launcher's processes have sessions of their own, so its end alone would leave them."""
+    options = scaling.Options(output=str(tmp_path), work=str(tmp_path), seconds=60)
+    bench = scaling.Bench(options, False)
+    program = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
+        "print('error: nobody answers', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with pytest.raises(RuntimeError, match=r"ended after 2 s: nobody answers \(see .*hang\.log"):
+        bench.start("hang", ["0"], ["-c", program], 1, limit=2)
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+    bench.end = 0.0
+    with pytest.raises(RuntimeError, match="not begun: no time was left"):
+        bench.start("late", ["0"], ["-c", "print(1)"], 1)
+
+
+def test_what_only_some_cards_can_do_is_asked_of_those_alone(tmp_path):
+    """A base that is too large for fewer, and the launch of a sharded run, which needs GPUs."""
+
+    def names(on_gpus, **asked):
+        options = scaling.Options(**asked, output=str(tmp_path), work=str(tmp_path))
+        return [each.name for each in scaling.Bench(options, on_gpus).plan()]
+
+    assert names(True, parts=["sharded"], shapes=["llama3_70b-r16-sharded"]) == [
+        "llama3_70b-r16-sharded on 4"
+    ]
+    assert names(True, parts=["sweep"], sweeps=["llama3_70b-sharded", "tiny"], gpus=[1, 4]) == [
+        *("sweep of tiny on 1", "sweep of llama3_70b-sharded on 4", "sweep of tiny on 4")
+    ]
+    sharded = {True: ["losses-sharded-x2"], False: []}
+    for on_gpus, more in sharded.items():
+        assert names(on_gpus, parts=["losses"], gpus=[1, 2]) == [
+            *("losses-split", *more, "losses-x1", "losses-x2")
+        ]
 
 
 @pytest.mark.parametrize("asked", [{"gpus": []}, {"gpus": [0]}, {"gpus": [99]}, {"shapes": []}])
