@@ -200,6 +200,18 @@ def exit_with_one_line() -> Iterator[None]:
     sys.exit(1)
 
 
+class LogHandler(logging.StreamHandler):
+    """Hydra's, but a broken pipe ends the run, as it does where something is printed.
+
+    Python's would print a traceback for every line, and the run would go on for nobody.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), BrokenPipeError):
+            raise  # logging calls this while it handles the error
+        super().handleError(record)
+
+
 def _nobody_reads() -> bool:
     """Whether it is the pipe of the output that broke, not one between processes."""
     try:

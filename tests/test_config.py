@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pkgutil
 import subprocess
 import sys
 from operator import attrgetter
@@ -15,7 +16,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from matryoshka_lora.cli import one_line, settings
+from matryoshka_lora.cli import LogHandler, one_line, settings
 from matryoshka_lora.config import (
     COLUMNS,
     Config,
@@ -444,6 +445,13 @@ def test_the_folder_of_a_run(tmp_path):
     expected = "runs/arithmetic/tiny/dylora-r32-none/lr0.006-seed42-01234567"
     config = composed(tmp_path, "method=dylora", "trainer.lr=6e-3")
     assert run_path(config, "01234567") == tmp_path / expected
+
+
+def test_hydra_logs_so_that_a_broken_pipe_ends_the_run():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = compose("train", return_hydra_config=True).hydra
+    for logs in (node.job_logging, node.hydra_logging):
+        assert pkgutil.resolve_name(logs.handlers.console["class"]) is LogHandler
 
 
 def test_help_lists_every_setting_and_group():
