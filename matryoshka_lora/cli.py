@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -24,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from matryoshka_lora.config import Config
+from matryoshka_lora.config import typed_config
 from matryoshka_lora.core.errors import UserError, nearest
 
 Options = TypeVar("Options")
@@ -200,6 +201,18 @@ def exit_with_one_line() -> Iterator[None]:
     sys.exit(1)
 
 
+class LogHandler(logging.StreamHandler):
+    """Hydra's, but a broken pipe ends the run, as it does where something is printed.
+
+    Python's would print a traceback for every line, and the run would go on for nobody.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), BrokenPipeError):
+            raise  # logging calls this while it handles the error
+        super().handleError(record)
+
+
 def _nobody_reads() -> bool:
     """Whether it is the pipe of the output that broke, not one between processes."""
     try:
@@ -307,17 +320,13 @@ def one_line(error: BaseException) -> str:
     )
 
 
-def settings() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every setting."""
-    return _settings_of(Config())
-
-
-def _settings_of(node: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+def settings(node: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, value, meaning) of every setting of a `Config`, or of a section named `prefix`."""
     found: list[tuple[str, str, str]] = []
     for field in dataclasses.fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if dataclasses.is_dataclass(value):
-            found += _settings_of(value, f"{key}.")
+            found += settings(value, f"{key}.")
         else:
             found.append((key, "null" if value is None else str(value), field.metadata["help"]))
     return found
@@ -390,7 +399,9 @@ def _print_settings(settings: list[tuple[str, str, str]], width: int = 32) -> No
 
 
 def show_help(configs: Path) -> None:
-    """Print usage, the config groups as they lie on disk, and every setting."""
+    """Print usage, the config groups as they lie on disk, and every setting of a plain run."""
+    with initialize_config_dir(str(configs.absolute()), version_base="1.3"):
+        plain = typed_config(compose("train"))
     print(
         f"Fine-tune once, use the adapter at any rank.\n\n{EXAMPLES}\n\n"
         "Config groups (group=choice):"
@@ -399,6 +410,6 @@ def show_help(configs: Path) -> None:
         choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         if choices:
             print(f"  {folder.name:<12} {choices}")
-    print("\nSettings (key=value; default in brackets; a chosen config may set another):")
-    _print_settings(settings())
+    print("\nSettings (key=value; default in brackets, which another choice may change):")
+    _print_settings(settings(plain))
     print("\nHydra's own options: python train.py --hydra-help")

@@ -1,6 +1,7 @@
 """Options of scripts, and how every command shows an error."""
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from omegaconf import MISSING
 from test_launcher import environment
 
 from matryoshka_lora.cli import (
+    LogHandler,
     as_arguments,
     exit_with_one_line,
     option,
@@ -133,9 +135,12 @@ def test_nothing_is_said_where_nobody_reads_the_output(monkeypatch, capsys):
     os.close(reader)
     with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        for text in ("a", "a" * 100_000):  # the first only fails when it is flushed
+        logger = logging.Logger("run")
+        logger.addHandler(LogHandler(stdout))
+        # The first only fails when it is flushed.
+        for write, text in ((print, "a"), (print, "a" * 100_000), (logger.info, "a")):
             with pytest.raises(SystemExit) as end, exit_with_one_line():
-                print(text)
+                write(text)
             assert end.value.code == 1
             reader, writer = os.pipe()
             os.close(reader)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_lm
@@ -261,6 +263,17 @@ def test_the_dry_run_needs_no_library():
     whole = base_bytes(None)
     assert base_bytes("nf4") < base_bytes("int8") < whole
     assert base_bytes(None, "bfloat16") == whole / 2
+
+
+@needs_library
+def test_its_warning_of_a_missing_package_is_not_shown(caplog):
+    name = "bitsandbytes.backends.cpu.ops"
+    found = importlib.util.find_spec(name)
+    text = "Failed to load CPU gemm_4bit_forward"
+    assert found is not None and text in Path(found.origin).read_text()  # else there is none now
+    logging.getLogger(name).warning("%s: no package", text)
+    logging.getLogger(name).warning("another")
+    assert caplog.messages == ["another"]
 
 
 def test_without_its_library(monkeypatch):

@@ -20,6 +20,12 @@ from torch import Tensor, nn
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one themselves: QLoRA's double quantisation."""
 
+# On some CPUs it warns, when it is imported, that a package is missing which would speed up its own
+# layers. PEFT imports it wherever it is installed, so that exports would show the warning, too.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
+
 
 class QuantizedLinear(nn.Module):
     """`y = x W^T + b` with a frozen W, kept as nf4 (a scale for 64 weights) or int8 (one a row).
@@ -117,8 +123,6 @@ def quantized_bytes(kind: str, weights: int, rows: int) -> float:
 
 def library() -> Any:
     """What quantises: `bitsandbytes.functional`. Raises ImportError where it is not installed."""
-    # On some CPUs it asks for a package that would speed up layers which are not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
     return functional
