@@ -216,7 +216,7 @@ def _read(path: Path) -> Diagnostics:
 
 
 def _names(shown: Sequence[Diagnostics]) -> list[str]:
-    """The method and what tells its runs apart."""
+    """The method and what tells its runs apart; a setting that is not named is at its default."""
     texts = {"rank": "R={}", "lr": "lr {:g}", "seed": "seed {}"}
     names = []
     for d in shown:
@@ -227,16 +227,17 @@ def _names(shown: Sequence[Diagnostics]) -> list[str]:
             if any(getattr(other, key) != getattr(d, key) for other in runs)
         ]
         parts += [
-            f"{key.partition('.')[2]}={_text(d.settings.get(key, 'default'))}"
-            for key in dict.fromkeys(key for other in runs for key in other.settings)
-            if any(other.settings.get(key) != d.settings.get(key) for other in runs)
+            f"{key.partition('.')[2]}={_text(value)}"
+            for key, value in d.settings.items()
+            if any(other.settings.get(key) != value for other in runs)
         ]
         names.append(", ".join([label(d.method), *parts]))
     return names
 
 
 def _text(value: Any) -> str:
-    return " ".join(f"{x:g}" for x in value) if isinstance(value, list) else str(value)
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
 
 
 def _gradients(shown: Sequence[Diagnostics]) -> Figure:
@@ -257,7 +258,7 @@ def _gradients(shown: Sequence[Diagnostics]) -> Figure:
                 label=f"row {last}" if first == last else f"rows {first}-{last}",
             )
         ax.set_yscale("log")
-        ax.set_title(name, loc="left")
+        ax.set_title(name, loc="left", fontsize=8)
         ax.set_xlabel("step")
         ax.legend(fontsize=6, ncols=2, frameon=False)
     for ax in axes[::columns]:

@@ -79,7 +79,8 @@ def dedicated(*losses, **changes):
 def test_intervals_by_hand():
     """All problems alike, so that only seeds are drawn: of .9 and .45 a pair has the mean .9, .675
     or .45, with the odds 1 2 1, and the interval goes from the best to the worst. For two seeds
-    Student's 12.706 replaces 1.96, and the root of 2 / (2 - 1) makes up for the drawing."""
+    Student's 12.706 replaces 1.96, and the root of 2 / (2 - 1) makes up for the drawing; both widen
+    the ratio to the mean, so that no loss is below 0 and no excess below -100 %."""
     seeds = [
         record("nested_dropout", 4, {1: loss}, seed=s, noise=0.0)
         for s, loss in ((1, 0.9), (2, 0.45))
@@ -91,8 +92,9 @@ def test_intervals_by_hand():
     assert equivalent.value == pytest.approx(2**0.625)
     assert (equivalent.low, equivalent.high) == (0, math.inf)
     assert found.rank_text(equivalent) == "1.5 [<1, >4]"
-    width = 28.125 * math.sqrt(2) * 12.7062 / 1.95996
-    expected = (-15.625, -15.625 - width, -15.625 + width)
+    width = math.sqrt(2) * 12.7062 / 1.95996
+    low, high = (0.675 * (loss / 0.675) ** width for loss in (0.45, 0.9))
+    expected = (-15.625, 100 * (low / 0.8 - 1), 100 * (high / 0.8 - 1))
     assert (excess.value, excess.low, excess.high) == pytest.approx(expected, rel=1e-5)
 
 
@@ -189,7 +191,7 @@ def test_the_answer_is_short(tmp_path):
     text = (tmp_path / "tables/t-answer.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     assert [row[0].removeprefix("| ") for row in rows] == [
-        "MatryoshkaLoRA, as published, scaling sqrt",
+        "MatryoshkaLoRA, as published, scaling 1/sqrt(r)",
         "LoRA, cut by SVD",
         "nested MatryoshkaLoRA",
         "a LoRA for each rank alone",

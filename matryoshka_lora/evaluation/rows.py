@@ -241,7 +241,9 @@ def test_sets(rows: Iterable[Row]) -> dict[tuple[str, int, int | None, str | Non
     keys = {(row.task, row.shots, row.limit, row.fingerprint) for row in rows}
     counts = Counter(key[:3] for key in keys)
     return {
-        key: None if counts[key[:3]] == 1 else f"test set {key[3] or 'of an older record'}"
+        key: None
+        if counts[key[:3]] == 1
+        else f"test set {(key[3] or '')[:12] or 'of an older record'}"
         for key in keys
     }
 

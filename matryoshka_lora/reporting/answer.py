@@ -36,6 +36,7 @@ ROWS = (
     Headline("nested_matryoshka", "trained", "nested MatryoshkaLoRA"),
 )
 """Beside them stand the dedicated LoRAs and the untrained model."""
+SCALES = {"none": "1", "sqrt": "1/sqrt(r)", "rank": "1/r"}
 NEAR = 1.15
 """Of the figure's second panel: the largest loss over that of the dedicated LoRAs."""
 
@@ -108,7 +109,7 @@ def _label(one: Comparisons, headline: Headline, curve: Curve) -> str:
     settings = curve.method.partition(" (")[2].removesuffix(")").split(", ")
     told = [text for text in settings if text and not _is_default(text)]
     if {lora.scaling for lora in one.dedicated.values()} != {curve.scaling}:
-        told.append(f"scaling {curve.scaling}")
+        told.append(f"scaling {SCALES.get(curve.scaling, curve.scaling)}")
     return ", ".join([headline.label, *told])
 
 
@@ -148,7 +149,8 @@ def _figure(one: Comparisons, rows: dict[Headline, Comparison]) -> Figure:
         rank_axis(ax, [*one.dedicated])
     metric = one.table.metric
     everything.set_ylabel(f"loss on {metric.task} ({metric.unit})")
-    everything.legend(facecolor="white", edgecolor="none", framealpha=1.0)
+    # Below the line of the untrained model.
+    everything.legend(edgecolor="none", loc="upper right", bbox_to_anchor=(1.0, 0.95))
     means = [curve.cells[rank].mean for rank, curve in one.dedicated.items()]
     near.set_ylim(min(means) * 0.95, max(means) * NEAR)
     near.set_title(f"the same, up to {NEAR - 1:.0%} above the LoRAs", loc="left")

@@ -67,23 +67,30 @@ def interval(drawn: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def resampled_means(
-    lines: Sequence[npt.NDArray[np.float64]], *, samples: int = 2000, seed: int = 0
+    lines: Sequence[npt.NDArray[np.float64]],
+    *,
+    positive: bool = False,
+    samples: int = 2000,
+    seed: int = 0,
 ) -> npt.NDArray[np.float64]:
     """Means of each line, (seeds, documents), resampled over seeds and documents: (lines, samples).
 
     A resample draws the same documents for all lines, and seeds for each line of its own. A few
     seeds spread less in resamples than the seeds of all trainings do: what a resample deviates from
-    their mean is widened, see `_widening`. Lines that are equal are one measurement, a function
-    that has two names, and drawn once.
+    their mean is widened, see `_widening`. For `positive` means, losses that are divided by each
+    other, its logarithm is, so that they stay positive. A line with one seed is resampled over
+    documents alone. Lines that are equal are one measurement, a function that has two names, and
+    drawn once.
     """
     keys = [(line.shape, line.tobytes()) for line in lines]
     unique = dict(zip(keys, lines, strict=True))
-    means = dict(zip(unique, _resampled(list(unique.values()), samples, seed), strict=True))
+    drawn = _resampled(list(unique.values()), positive, samples, seed)
+    means = dict(zip(unique, drawn, strict=True))
     return np.stack([means[key] for key in keys])
 
 
 def _resampled(
-    lines: Sequence[npt.NDArray[np.float64]], samples: int, seed: int
+    lines: Sequence[npt.NDArray[np.float64]], positive: bool, samples: int, seed: int
 ) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng(seed)
     documents = lines[0].shape[1]
@@ -100,9 +107,11 @@ def _resampled(
     for line in lines:
         own = of_seeds[first : first + len(line)]
         drawn = rng.integers(0, len(line), (len(line), samples))
-        center = own.mean(axis=0)
-        deviation = np.take_along_axis(own, drawn, axis=0).mean(axis=0) - center
-        means.append(center + _widening(len(line)) * deviation)
+        center, mean = own.mean(axis=0), np.take_along_axis(own, drawn, axis=0).mean(axis=0)
+        if positive:
+            means.append(center * (mean / center) ** _widening(len(line)))
+        else:
+            means.append(center + _widening(len(line)) * (mean - center))
         first += len(line)
     return np.stack(means)
 
@@ -111,7 +120,8 @@ def _widening(seeds: int) -> float:
     """What makes a 95 % percentile interval over so few seeds as wide as Student's t interval.
 
     The bootstrap's variance of a mean lacks the factor n / (n - 1), and its tails are a normal
-    distribution's instead of Student's (Hesterberg 2015, https://arxiv.org/abs/1411.5279, 3.2).
+    distribution's instead of Student's (Hesterberg 2015, https://arxiv.org/abs/1411.5279, 3.2). A
+    difference of two rows gets more than it needs, as their seeds together are more than each's.
     """
     if seeds == 1:
         return 1.0  # which deviates by nothing

@@ -85,11 +85,10 @@ def _figure(tables: Sequence[RankTable]) -> Figure:
         for block in blocks.values()
         for start in range(0, len(block), columns)
     ]
-    entries = max(len(_drawn(table)) + len(_references(table)) for table in tables)
     width, height = _PANEL_INCHES
-    legend = _LEGEND_LINE_INCHES * ((entries + 1) // 2 + 3)
-    figure = Figure(figsize=(width * columns, (height + legend) * len(lines)), layout="constrained")
-    grid = figure.add_gridspec(2 * len(lines), columns, height_ratios=[height, legend] * len(lines))
+    heights = [size for line in lines for size in (height, max(map(_legend_inches, line)))]
+    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(2 * len(lines), columns, height_ratios=heights)
     for index, line in enumerate(lines):
         for column, table in enumerate(line):
             ax = figure.add_subplot(grid[2 * index, column])
@@ -99,11 +98,19 @@ def _figure(tables: Sequence[RankTable]) -> Figure:
     return figure
 
 
+def _legend_inches(table: RankTable) -> float:
+    """The height of the legend below a panel, dedicated LoRAs being one entry."""
+    kinds = {row.kind for row in _references(table)}
+    return _LEGEND_LINE_INCHES * (len(_drawn(table)) + len(kinds) + 3)
+
+
 def _panel(ax: Axes, table: RankTable) -> None:
     for curve, rules in _drawn(table):
         _line(ax, table, curve, rules)
+    kinds = set()
     for curve in _references(table):
-        _reference(ax, table, curve)
+        _reference(ax, table, curve, named=curve.kind not in kinds)
+        kinds.add(curve.kind)
     rank_axis(ax, [rank for rank in table.ranks if rank > 0])
     ax.set_ylabel(f"{table.metric.metric} ({table.metric.unit})")
     shared = ", ".join(f"{name} {value}" for name, value in table.shared.items())
@@ -130,11 +137,9 @@ def _legend(below: Axes, ax: Axes) -> None:
         title="method, inference rule: AURAC over log2 rank",
         loc="upper left",
         bbox_to_anchor=(-0.08, 1.0),
-        ncols=2,
         frameon=False,
         alignment="left",
         handlelength=4.2,
-        columnspacing=1.0,
         borderaxespad=0,
     )
     legend.set_in_layout(False)
@@ -200,9 +205,9 @@ def _line(ax: Axes, table: RankTable, curve: Curve, rules: Sequence[str]) -> Non
         ax.fill_between(ranks, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
+def _reference(ax: Axes, table: RankTable, curve: Curve, named: bool) -> None:
+    """The base model, or a dedicated LoRA, whose kind is `named` once in the legend."""
     ((rank, cell),) = curve.cells.items()
-    value = table.metric.text(cell.mean)
     if curve.kind == "base":
         ax.axhline(
             cell.mean,
@@ -210,7 +215,7 @@ def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
             linestyle="--",
             linewidth=1,
             zorder=1,
-            label=f"base model: {value}",
+            label=f"base model: {table.metric.text(cell.mean)}",
         )
         return
     ax.errorbar(
@@ -224,7 +229,7 @@ def _reference(ax: Axes, table: RankTable, curve: Curve) -> None:
         linestyle="none",
         capsize=2,
         zorder=5,
-        label=f"{curve.method}{_distinction(table, curve)}: {value}",
+        label="LoRA trained for the rank alone" if named else None,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from matryoshka_lora.core.files import write_atomically
@@ -19,6 +20,9 @@ from matryoshka_lora.runs.record import Record
 TASK = "validation"
 _COLUMNS = 3
 _MARKERS = "os^vDPX*<>"
+_DASHES = ("-", "--", ":", "-.")  # by the number of epochs, the most first
+_TOP = 1.25
+"""Of a panel: the largest loss shown, over the best of the worst line. Others have diverged."""
 
 
 @dataclass(frozen=True)
@@ -122,28 +126,46 @@ def _figure(lines: Sequence[RateLine]) -> Figure:
         panels.setdefault((line.model, line.method), []).append(line)
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
+    most = max(len(members) for members in panels.values())
+    height = 3.2 + 0.12 * most
+    figure = Figure(figsize=(4.6 * columns, height * rows), layout="constrained")
     for index, ((_, method), members) in enumerate(panels.items()):
         ax = figure.add_subplot(rows, columns, index + 1)
         style = method_style(method)
-        for number, line in enumerate(members):
+        epochs = sorted({line.epochs for line in members}, reverse=True)
+        rows_seen: dict[tuple[Any, ...], int] = {}
+        for line in members:
             known = [(rate, loss) for rate, loss in line.losses.items() if loss is not None]
             if not known:
                 continue
             rates, losses = zip(*known, strict=True)
+            row = (line.label, line.rank, line.scaling, line.rule)
+            number = rows_seen.setdefault(row, len(rows_seen))
             ax.plot(
                 rates,
                 losses,
-                color=style[0] if style and len(members) == 1 else f"C{number % 10}",
+                color=style[0] if style and len(members) == len(epochs) else f"C{number % 10}",
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
                 linewidth=1.2,
-                label=f"{line.label} R={line.rank} {line.scaling} {line.rule}, "
+                linestyle=_DASHES[epochs.index(line.epochs) % len(_DASHES)],
+                label=f"{line.label} R={line.rank}, scaling {line.scaling}, {line.rule}, "
                 f"{line.epochs:g} epochs",
             )
         ax.set_xscale("log")
         ax.set_xlabel("learning rate")
         ax.set_ylabel("held-out loss (nats/token)")
         if ax.lines:
-            ax.legend(fontsize=5.5, frameon=False)
+            _cut(ax, members)
+            ax.legend(fontsize=5.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
+
+def _cut(ax: Axes, lines: Sequence[RateLine]) -> None:
+    """Leave out losses that are so high that they would flatten all others."""
+    known = [[loss for loss in line.losses.values() if loss is not None] for line in lines]
+    top = _TOP * max(min(losses) for losses in known if losses)
+    if any(loss > top for losses in known for loss in losses):
+        low = min(loss for losses in known for loss in losses)
+        ax.set_ylim(low - 0.05 * (top - low), top)
+        ax.set_ylabel(f"held-out loss (nats/token), up to {top:.2f}")
