@@ -80,6 +80,7 @@ reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, 
 	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
+	$(if $(DRY),,$(BIN)/python scripts/diagnostics.py records=results/records/smollm2)
 
 reproduce-gemma3: setup ## nested and dedicated LoRAs on GSM8K with Gemma 3 270M; DRY=1 only plans
 	$(BIN)/python scripts/prepare_model.py gemma3

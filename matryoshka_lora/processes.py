@@ -65,12 +65,17 @@ def tell_who_ended() -> None:
 
     Launchers end all processes by SIGTERM once one has ended. This process may then wait within
     NCCL for the one that is gone, where no handler of Python's is called, so a thread waits for the
-    signal. One of the processes says it.
+    signal. One of the processes says it. Where something handles the signal already, as submitit
+    does, it goes on to.
     """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
     arrived, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # A forked process would wake this one's thread when it is ended.
+    os.register_at_fork(after_in_child=_end_by_signal)
 
     def wait() -> None:
         while os.read(arrived, 1)[0] != signal.SIGTERM:
@@ -93,6 +98,11 @@ def tell_who_ended() -> None:
             os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_by_signal() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _living_processes() -> set[int]:

@@ -1,6 +1,7 @@
 """What explains a table: gradient norms of the rows while training, singular values of the update.
 
     python scripts/diagnostics.py runs=FOLDER[,FOLDER] [output=results/diagnostics]
+    python scripts/diagnostics.py records=results/records/smollm2   the runs of one seed of a table
     python scripts/diagnostics.py                                   the figures again
 
 Each folder of a trained run becomes `<output>/<dataset>-<model>-...-<hash>.json`, and all JSON
@@ -13,6 +14,7 @@ rank of S to the next, before clipping, after a method's own changes of gradient
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -31,7 +33,9 @@ from matryoshka_lora.loading import TrainedRun, read_run
 from matryoshka_lora.methods import label
 from matryoshka_lora.reporting.names import method_place, method_style
 from matryoshka_lora.reporting.plots import save_figure
+from matryoshka_lora.runs.folder import RunFolder
 from matryoshka_lora.runs.provenance import git_state
+from matryoshka_lora.runs.record import find_records, read_record
 
 SCHEMA = 1
 POINTS = 100
@@ -47,6 +51,9 @@ class Options:
     """The command line."""
 
     runs: list[str] = option([], "folders of trained runs to add")
+    records: str | None = option(
+        None, "folder of committed records, whose runs of one seed are added where they are here"
+    )
     output: str = option("results/diagnostics", "folder of the JSON files and figures")
 
 
@@ -82,7 +89,7 @@ class Diagnostics:
 def main(options: Options) -> None:
     """Raises UserError for a folder without a trained run, and where there is nothing to draw."""
     output = Path(options.output)
-    for folder in options.runs:
+    for folder in [*options.runs, *runs_of_table(options.records)]:
         found = diagnose(read_run(folder))
         path = output / f"{found.run.replace('/', '-')}.json"
         write_atomically(path, _layout(found).encode())
@@ -94,6 +101,24 @@ def main(options: Options) -> None:
     for name, draw in (("gradients", _gradients), ("spectrum", _spectrum)):
         for path in save_figure(lambda draw=draw: draw(everything), output / name):  # type: ignore[misc]
             print(path)
+
+
+def runs_of_table(records: str | None) -> list[str]:
+    """The folders of a table's runs with the seed that most of them have, where they are here."""
+    if records is None:
+        return []
+    found = [read_record(path) for path in find_records(records, "*.json")]
+    if not found:
+        raise UserError(f"records={records} holds no records")
+    (seed, _), *_ = Counter(record.config["seed"] for record in found).most_common(1)
+    runs = [
+        Path(records).parents[1] / "runs" / record.name
+        for record in found
+        if record.config["seed"] == seed
+    ]
+    here = [str(run) for run in runs if RunFolder(run).adapter.is_file()]
+    print(f"{len(here)} of {len(runs)} runs of seed {seed} are here")
+    return here
 
 
 def diagnose(run: TrainedRun) -> Diagnostics:

@@ -38,7 +38,7 @@ def test_a_run_becomes_json_and_the_json_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnostics, "save_figure", png)
     folders = [make_run(tmp_path / method, method) for method in ("lora", "nested_matryoshka")]
     output = tmp_path / "diagnostics"
-    diagnostics.main(diagnostics.Options(folders, str(output)))
+    diagnostics.main(diagnostics.Options(folders, output=str(output)))
     first, second = (json.loads(p.read_text()) for p in sorted(output.glob("*.json")))
     assert first["run_hash"] == "01234567" and first["method"] == "lora"
     assert second["blocks"] == [1, 2, 4, 8] and second["steps"] == [1, 2, 3, 4, 5, 6, 7]
@@ -65,15 +65,30 @@ def test_a_run_becomes_json_and_the_json_figures(tmp_path, monkeypatch):
     assert {p.name for p in figures} == {"gradients.png", "spectrum.png"}
     for path in figures:
         path.unlink()
-    diagnostics.main(diagnostics.Options([], str(output)))  # from the JSON files alone
+    diagnostics.main(diagnostics.Options(output=str(output)))  # from the JSON files alone
     assert {path: path.read_bytes() for path in figures} == figures
 
 
 def test_what_is_no_run_and_no_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no JSON files; give runs=FOLDER"):
-        diagnostics.main(diagnostics.Options([], str(tmp_path)))
+        diagnostics.main(diagnostics.Options(output=str(tmp_path)))
     with pytest.raises(ValueError, match=r"holds no record.json"):
-        diagnostics.main(diagnostics.Options([str(tmp_path)], str(tmp_path)))
+        diagnostics.main(diagnostics.Options([str(tmp_path)], output=str(tmp_path)))
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"other.json is not of this script"):
-        diagnostics.main(diagnostics.Options([], str(tmp_path)))
+        diagnostics.main(diagnostics.Options(output=str(tmp_path)))
+
+
+def test_the_runs_of_a_table_are_those_of_its_first_seed_that_are_here(tmp_path, capsys):
+    records = tmp_path / "records" / "table"
+    for name, seed in (("here", 42), ("away", 42), ("other", 7)):
+        config = dataclasses.asdict(make_config("lora")) | {"seed": seed}
+        record = Record(
+            "finished", f"d/{name}", config, "0" * 8, {"name": "tiny", "revision": None}, {}
+        )
+        write_record(records / f"{name}.json", record)
+    folder = RunFolder(tmp_path / "runs/d/here")
+    folder.path.mkdir(parents=True)
+    folder.adapter.touch()
+    assert diagnostics.runs_of_table(str(records)) == [str(folder.path)]
+    assert "1 of 2 runs of seed 42 are here" in capsys.readouterr().out

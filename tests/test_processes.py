@@ -1,7 +1,9 @@
 """Two processes, started as a user would, equal one."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +19,10 @@ from test_pipeline import SMALL, records, train
 from test_training import eventful, factors
 from test_training import train as fit_here
 
+from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.methods import TRAINED
+from matryoshka_lora.processes import tell_who_ended
 
 CPU2 = ROOT / "configs" / "accelerate" / "cpu2.yaml"
 
@@ -136,6 +140,51 @@ def test_a_killed_process_ends_all_and_loses_nothing_that_was_finished(tmp_path)
     assert len(keys) == len(set(keys))  # nothing was asked twice
 
 
+def forked(function):
+    """The exit code of a process that runs `function`; 0: it ran to its end."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(30)
+    return process.exitcode
+
+
+def test_a_process_outlives_the_helpers_that_it_ends(monkeypatch):
+    """As `datasets` ends those of its pool, and graders theirs."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(processes_module, "LEAVE_SECONDS", 0.0)
+
+    def run():
+        tell_who_ended()
+        fork = multiprocessing.get_context("fork")
+        started = fork.Event()
+        helper = fork.Process(target=lambda: (started.set(), time.sleep(30)))
+        helper.start()
+        assert started.wait(20)
+        helper.terminate()
+        helper.join(20)
+        time.sleep(0.2)  # in which the signal would reach this process
+        assert helper.exitcode == -signal.SIGTERM
+
+    assert forked(run) == 0
+    assert forked(lambda: (tell_who_ended(), os.kill(os.getpid(), 15), time.sleep(20))) == 128 + 15
+
+
+def test_a_handler_that_is_there_stays():
+    """Such as that of submitit, which puts a job back into the queue."""
+    arrived = []
+
+    def run():
+        signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+        tell_who_ended()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        assert arrived
+
+    assert forked(run) == 0
+
+
 def all_print_equal(tmp_path, program, processes=2):
     """Run `program` on gloo processes, with tests/ and `tmp_path` as arguments."""
     script = tmp_path / "program.py"
@@ -163,6 +212,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from matryoshka_lora.core.adapter import at_rank
+from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
@@ -252,6 +302,7 @@ from test_training import factors, make_config, make_examples
 from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.processes import build_adapted_model
 from matryoshka_lora.training.loop import fit
@@ -334,8 +385,10 @@ sys.path.insert(0, sys.argv[1])
 from test_training import eventful, factors, make_examples, make_model, relative
 from pathlib import Path
 from accelerate import Accelerator
+from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.methods import TRAINED
+from matryoshka_lora.processes import tell_who_ended
 from matryoshka_lora.training.gradients import are_same_on_all_processes
 from matryoshka_lora.training.loop import fit
 

@@ -1,16 +1,14 @@
 """The documents of a sweep over several processes: who answers what, and how it reaches the writer.
 
 Each process takes a few more whenever it has room for them, so a slow one answers fewer, and sends
-what it has scored to the main one. Both go through the key-value store of the process group; no
-call waits for the slowest process, as a collective would.
+what it has scored to the main one. Both go through the store that the processes have met at, from
+any thread; no call waits for the slowest process, as a collective would.
 """
 
-import io
 import pickle
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +17,10 @@ LARGEST_PART = 64
 """Units that a process takes at once; fewer at the end of the list."""
 PARTS_LEFT = 8
 """Parts that are left for each process when parts become smaller."""
-SEND_COUNT, SEND_BYTES, SEND_SECONDS = 256, 2**20, 5.0
-"""A process sends when it has so many items or bytes (the store takes 8 MiB), or after so long."""
-LOOK_SECONDS = 0.2
+SEND_SECONDS, SEND_BYTES = 1.0, 2**20
+"""A process sends when its last message is so old, or it has so many bytes; the store takes 8 MiB
+at once. A message for each item would cost the main process as much as writing it."""
+LOOK_SECONDS = 0.02
 """Between two looks of the main process at what the others have sent."""
 SILENCE_SECONDS = 1800.0
 """Without a word from the others, after which the main process does not wait any more."""
@@ -37,8 +36,7 @@ class Exchange(Generic[T]):
 
     def __init__(self, processes: Accelerator, name: str) -> None:
         store = torch.distributed.distributed_c10d._get_default_store()
-        # Any: its stubs know nothing of bytes, which it takes and gives.
-        self._store: Any = torch.distributed.PrefixStore(name, store)
+        self._store = torch.distributed.PrefixStore(name, store)
         self._process, self._processes = processes.process_index, processes.num_processes
 
     def parts(self, count: int) -> Iterator[range]:
@@ -49,56 +47,50 @@ class Exchange(Generic[T]):
 
     def send(self, items: Iterable[T]) -> None:
         """Send items to the main process as they are made; on all others."""
-        message, count, sent, number = io.BytesIO(), 0, time.monotonic(), 0
+        made: list[bytes] = []
+        size, sent = 0, time.monotonic()
         for item in items:
-            pickle.dump(item, message)
-            count += 1
-            late = time.monotonic() - sent > SEND_SECONDS
-            if late or count == SEND_COUNT or message.tell() > SEND_BYTES:
-                self._store.set(f"{self._process}/{number}", message.getvalue())
-                message, count, sent, number = io.BytesIO(), 0, time.monotonic(), number + 1
-        self._store.set(f"{self._process}/{number}", message.getvalue())
-        self._store.set(f"{self._process}/{number + 1}", b"")  # an empty one is the last
+            made.append(pickle.dumps(item))
+            size += len(made[-1])
+            if time.monotonic() - sent > SEND_SECONDS or size > SEND_BYTES:
+                self._push(made)
+                made, size, sent = [], 0, time.monotonic()
+        if made:
+            self._push(made)
+        self._push([])  # the last message
 
     def gather(self, items: Iterable[T]) -> Iterator[T]:
         """The items of the main process, which calls this, and between them those of all others.
 
         Raises RuntimeError where the others are silent for SILENCE_SECONDS while it waits.
         """
-        number = dict.fromkeys(range(1, self._processes), 0)
-        looked = heard = time.monotonic()
+        working = set(range(1, self._processes))
+        looked = time.monotonic()
         for item in items:
             yield item
-            heard = time.monotonic()
-            if heard - looked > LOOK_SECONDS:
-                yield from self._receive(number)
+            if time.monotonic() - looked > LOOK_SECONDS:
+                yield from self._received(working)
                 looked = time.monotonic()
-        while number:
-            found = list(self._receive(number))
-            yield from found
-            now = time.monotonic()
-            if found:
-                heard = now
-            elif now - heard > SILENCE_SECONDS:
-                silent = ", ".join(map(str, number))
+        heard = time.monotonic()
+        while working:
+            time.sleep(LOOK_SECONDS)
+            for item in self._received(working):
+                yield item
+                heard = time.monotonic()
+            if working and time.monotonic() - heard > SILENCE_SECONDS:
+                silent = ", ".join(map(str, sorted(working)))
                 raise RuntimeError(f"process {silent} has not answered for {SILENCE_SECONDS:.0f} s")
-            else:
-                time.sleep(LOOK_SECONDS / 10)
 
-    def _receive(self, number: dict[int, int]) -> Iterator[T]:
-        """What has been sent. number: of each process's next message; the done ones are removed."""
-        for process in list(number):
-            while self._store.check([key := f"{process}/{number[process]}"]):
-                message = self._store.get(key)
-                self._store.delete_key(key)
-                number[process] += 1
-                if not message:
-                    del number[process]
-                    break
-                stream = io.BytesIO(message)
-                with suppress(EOFError):
-                    while True:
-                        yield pickle.load(stream)
+    def _push(self, made: list[bytes]) -> None:
+        self._store.queue_push("sent", pickle.dumps((self._process, made)))
+
+    def _received(self, working: set[int]) -> Iterator[T]:
+        """What was sent before this call. working: processes; those that are done are removed."""
+        for _ in range(self._store.queue_len("sent")):
+            process, made = pickle.loads(self._store.queue_pop("sent"))
+            yield from map(pickle.loads, made)
+            if not made:
+                working.remove(process)
 
 
 def parts_of(count: int, processes: int) -> list[range]:
