@@ -60,7 +60,8 @@ def prepare(config: Config, identity: dict[str, Any] | None = None) -> Inputs:
     build_method(config)  # knows whether the method exists
     source_of(config.model)  # knows whether a folder is one of a model, before anything is read
     records = load_records(config.dataset)
-    train, held_out = split_validation(records, config.dataset.validation)
+    rest, held_out = split_validation(records, config.dataset.validation)
+    train = rest[: config.dataset.train_limit]
     digest = fingerprint(train, config.dataset)
     data = {"fingerprint": digest, "held_out": len(held_out)}
     if held_out:

@@ -14,7 +14,8 @@ from matryoshka_lora.core.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Those with a grid, and those with rows for one model.
-TABLES = ("table2", "table3", "smollm2", "smollm2_ablations", "smollm2_ideas", "gemma3_270m")
+TABLES = ("table2", "table3", "smollm2", "smollm2_ablations", "smollm2_ideas")
+TABLES += ("smollm2_data", "smollm2_svd", "gemma3_270m")
 STAGES = ("search", "final", "also")
 MODELS = tuple(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 LAUNCHERS = ("local", "gpu_queue", "submitit_slurm")

@@ -17,7 +17,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from matryoshka_lora.cli import LogHandler, one_line, settings, show_help
+from matryoshka_lora.cli import LogHandler, exit_with_one_line, one_line, settings, show_help
 from matryoshka_lora.config import (
     COLUMNS,
     Config,
@@ -33,7 +33,9 @@ from matryoshka_lora.config import (
     variant,
     wanted_points,
 )
+from matryoshka_lora.config.reading import known_rate
 from matryoshka_lora.core.errors import UserError
+from matryoshka_lora.inputs import prepare
 from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.runs.folder import run_path
 
@@ -472,17 +474,50 @@ def test_help_lists_every_setting_and_group(tmp_path, capsys):
         assert name in shown
 
 
+def test_a_method_without_a_known_rate_is_told_to_be_given_one():
+    config = Config()
+    config.method.name = "mynew"
+    expected = (
+        r"has no rate for method mynew on model tiny; give trainer.lr, such as trainer.lr=1e-3$"
+    )
+    with pytest.raises(UserError, match=expected) as raised:
+        known_rate(config)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_limit_on_what_is_trained_on_leaves_the_held_out_records(tmp_path):
+    config = composed(tmp_path, "dataset.limit=100", "dataset.validation=0.2")
+    whole = prepare(config)
+    config.dataset.train_limit = 10
+    part = prepare(config)
+    assert (len(whole.train), len(whole.held_out)) == (80, 20)
+    assert part.held_out == whole.held_out and part.train == whole.train[:10]
+    assert part.run_hash != whole.run_hash
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=matroshka", "did you mean matryoshka"),
         ("model=llama3", "allowed: gemma3_270m, llama3_1b, llama3_70b, llama3_8b"),
         ("dataset=gsm", "did you mean gsm8k"),
         ("mehtod=lora", "did you mean method"),
         ("adapter.rnak=3", "did you mean rank"),
         ("adapter.rank=abc", "abc"),
-        ("adapter.rank=0", "not a positive integer"),
         ("method.frozen=true", "method=nested_matryoshka does not read it, only dylora"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_is_allowed(tmp_path, override, message, capsys):
+    with pytest.raises(SystemExit), exit_with_one_line():
+        check_given(composed(tmp_path, override), [override])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [  # Hydra finds the one, and this project the other.
+        ("method=matroshka", "did you mean matryoshka"),
+        ("adapter.rank=0", "not a positive integer"),
     ],
 )
 def test_the_command_line_shows_one_line_and_exits_with_1(tmp_path, override, message):

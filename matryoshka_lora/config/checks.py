@@ -74,7 +74,8 @@ def validate(config: Config) -> None:
             "factors"
         )
     _positive("dataset.max_length", config.dataset.max_length)
-    _positive("dataset.limit", config.dataset.limit, optional=True)
+    for key in ("limit", "train_limit"):
+        _positive(f"dataset.{key}", getattr(config.dataset, key), optional=True)
     if not 0 <= config.dataset.validation < 1:
         raise UserError(f"dataset.validation={config.dataset.validation} must be in [0, 1)")
     _choice("dataset.prompt", config.dataset.prompt, ("harness", "paper"))

@@ -162,6 +162,12 @@ class DatasetConfig:
     validation: float = setting(
         0.0, "share of the training records held out (split seed 0)", "fingerprint"
     )
+    train_limit: int | None = setting(
+        None,
+        "train on only the first n of those that are not held out",
+        "fingerprint",
+        later=True,
+    )
     max_length: int = setting(
         512, "tokens a training example may have; the rest is cut, counted", "adapter"
     )
