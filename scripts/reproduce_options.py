@@ -13,9 +13,10 @@ from matryoshka_lora.config import Config
 from matryoshka_lora.core.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Those with a grid, and those with rows for one model.
-TABLES = ("table2", "table3", "smollm2", "smollm2_ablations", "smollm2_ideas")
-TABLES += ("smollm2_data", "smollm2_svd", "gemma3_270m")
+# Those with a grid in configs/experiment, and those with rows for one model in configs/evidence.
+GRIDS = ("table2", "table3")
+ROWS = sorted(path.stem for path in (CONFIGS / "evidence").glob("*.yaml"))
+TABLES = (*GRIDS, *(name for name in ROWS if not name.startswith(GRIDS)))
 STAGES = ("search", "final", "also")
 MODELS = tuple(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 LAUNCHERS = ("local", "gpu_queue", "submitit_slurm")

@@ -234,7 +234,7 @@ def test_batch_sizes_that_do_not_fit_are_left_out(benchmark, monkeypatch):
             ["shape=llama8b"],
             "shape=llama8b is unknown; allowed: llama3_70b, llama3_8b, llama3_1b, ",
         ),
-        (["shpae=tiny"], "(did you mean shape?)"),
+        (["shpae=tiny"], "(did you mean shape or sharded?)"),
         (["documents=many"], "'many'"),
         (["documents=0"], "documents=0 must be 1 or more"),
         (["batch_sizes=[]"], "batch_sizes=[] must be numbers of 1 or more"),

@@ -57,7 +57,7 @@ def test_rows_are_added_never_lost_or_doubled(trained, tmp_path):
         (*task, *reading) for task in (("gsm8k", 2), ("arc_challenge", 3)) for reading in readings
     }
     assert after.training == before.training and after.status == "finished"
-    assert evaluate(*options).returncode == 0
+    script.main(parse_options(script.Options, options))
     ((_, again),) = records(trained).items()
     assert again.rows == after.rows
 

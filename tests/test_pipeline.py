@@ -104,10 +104,8 @@ def test_the_four_methods_run_end_to_end_and_a_second_time_only_show(tmp_path):
         assert comparison.count(f"\n{label} ") == 3 * len(RULES), label  # of three metrics
     assert not list((tmp_path / "multirun").glob(".runs*"))
     before = {path: path.read_bytes() for path in found}
-    again = train(tmp_path, methods, flags=["-m"])
-    assert again.stderr.count("this run is finished") + again.stdout.count(
-        "this run is finished"
-    ) == len(found)
+    again = train(tmp_path, "method=lora,dylora", flags=["-m"])
+    assert (again.stderr + again.stdout).count("this run is finished") == 2
     assert {path: path.read_bytes() for path in found} == before
 
 

@@ -535,9 +535,7 @@ def test_fewer_epochs_are_tried_at_the_best_rate_and_above():
 def test_committed_rows_compose_and_name_known_rates():
     for path in sorted((ROOT / "configs" / "evidence").glob("*.yaml")):
         given = evidence.read_evidence(path)
-        rows = 5 if path.stem == "gemma3_270m" else 18
-        assert len(given.rows) == rows or not given.final
-        assert (ROOT / f"configs/model/{given.model}.yaml").is_file()
+        assert given.rows and (ROOT / f"configs/model/{given.model}.yaml").is_file()
         for row in given.rows:
             assert (ROOT / f"configs/method/{row.settings['method']}.yaml").is_file() or (
                 row.settings["method"] not in METHODS
