@@ -31,6 +31,7 @@ from matryoshka_lora.cli import parse_options
 from matryoshka_lora.config import Config, adapter_spec_of
 from matryoshka_lora.core import rules
 from matryoshka_lora.core.adapter import (
+    AdapterView,
     adapter_layers,
     adapter_parameters,
     adapter_view,
@@ -38,6 +39,7 @@ from matryoshka_lora.core.adapter import (
     at_rank,
     set_importance,
 )
+from matryoshka_lora.core.diagonals import prefix_diagonal
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.storage import HEADER, load_adapter, save_adapter
 from matryoshka_lora.export import export_adapter, export_merged, export_peft
@@ -338,6 +340,25 @@ def test_merged_computes_the_same(tmp_path: Path, base: Path, run: Path, rule: s
     with at_rank(model, 4, rule):
         torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("w3")["input_ids"] == [3]
+
+
+def test_a_rule_of_ones_own_exports_what_it_reads(
+    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reads the last components instead of the first, and one that reads too many."""
+
+    def last(adapter: AdapterView, rank: int) -> rules.Reading:
+        return rules.Reading("trained", prefix_diagonal(rank, adapter.spec.rank, "none").flip(0))
+
+    def everything(adapter: AdapterView, rank: int) -> rules.Reading:
+        return rules.Reading("trained", torch.ones(adapter.spec.rank))
+
+    for function in (last, everything):
+        rule = rules.Rule(function, cuts=False, drops_p=False)
+        monkeypatch.setitem(rules.RULES, function.__name__, rule)
+    test_merged_computes_the_same(tmp_path, base, run, "last")
+    with pytest.raises(UserError, match="rule=everything reads 6 components at rank 4"):
+        export_merged(read_run(run), 4, "everything", tmp_path / "too-many")
 
 
 def test_merged_is_rounded_once(tmp_path: Path, run: Path) -> None:
