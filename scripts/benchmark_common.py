@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 2
 LOCAL, COMMITTED = "results/benchmarks-local", "results/benchmarks"
+SHARDED = "-sharded"
+"""Behind the name of what has its base sharded over the processes."""
 FOLDERS = ("run", "data_path", "output")
 SHAPES = {
     "llama3_70b": ("meta-llama/Llama-3.1-70B-Instruct", "bfloat16"),
@@ -57,6 +59,17 @@ LONGEST = (220, 310, 464)
 def settings_of(options: Any) -> dict[str, Any]:
     """The options, a dataclass, without folders, which other machines do not have."""
     return {key: value for key, value in asdict(options).items() if key not in FOLDERS}
+
+
+def entry_key(name: str, processes: int, sharded: bool = False) -> str:
+    """The key of an entry, without the device; `split_key` reads the end of it."""
+    return name + SHARDED * sharded + (f"-x{processes}" if processes > 1 else "")
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """`llama3_8b-r32-x2` -> (`llama3_8b-r32`, 2)."""
+    name, cross, count = key.rpartition("-x")
+    return (name, int(count)) if cross and count.isdigit() else (key, 1)
 
 
 def shard_base_over(accelerator: Accelerator) -> None:

@@ -40,9 +40,11 @@ import psutil
 from benchmark_common import (
     COMMITTED,
     LOCAL,
+    SHARDED,
     merge_entry,
     read_entries,
     settings_of,
+    split_key,
     write_table,
 )
 
@@ -73,7 +75,6 @@ SHAPES = {
     "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
 """Name -> options of benchmark_training.py."""
-SHARDED = "-sharded"
 RUN = "run"
 SWEEPS = {
     "llama3_1b-3shot": "shape=llama3_1b shots=3",
@@ -449,7 +450,7 @@ def write_scaling(folder: Path, entries: Mapping[str, Any]) -> str:
     """`scaling.md` of the entries of all records, and its table."""
 
     def rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-        name, n = _split(key)
+        name, n = split_key(key)
         of_one = name.removesuffix("-split").removesuffix(SHARDED)
         keys = [f"{alone} on {entry['device']['name']}" for alone in (of_one, f"{of_one}-x1")]
         alone: dict[str, Any] = next((entries[each] for each in keys if each in entries), {})
@@ -459,12 +460,6 @@ def write_scaling(folder: Path, entries: Mapping[str, Any]) -> str:
         ]
 
     return write_table(folder, "scaling", entries, rows, NOTE)
-
-
-def _split(key: str) -> tuple[str, int]:
-    """`llama3_8b-r32-x2` -> (`llama3_8b-r32`, 2)."""
-    name, cross, count = key.rpartition("-x")
-    return (name, int(count)) if cross and count.isdigit() else (key, 1)
 
 
 def _cells(

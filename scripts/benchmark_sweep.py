@@ -47,6 +47,7 @@ from benchmark_common import (
     COMMITTED,
     LOCAL,
     SHAPES,
+    entry_key,
     fill_factors,
     gsm8k_lengths,
     matmul_rate,
@@ -420,13 +421,7 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
             "hf_batch_size": options.batch_size,
         }
     key = f"{options.shape}-r{options.rank}-{options.shots}shot-{options.documents}"
-    key += "-sharded" * options.sharded
-    return {key + behind(accelerator): entry}
-
-
-def behind(accelerator: Accelerator) -> str:
-    """What stands behind the key of an entry of several processes."""
-    return f"-x{accelerator.num_processes}" if accelerator.num_processes > 1 else ""
+    return {entry_key(key, accelerator.num_processes, options.sharded): entry}
 
 
 class Recorder:
@@ -473,7 +468,10 @@ def measure_run(options: Options, accelerator: Accelerator) -> dict[str, dict[st
         model = build_adapted_model(config, accelerator)
         load_adapter(files.adapter, model)
         return {
-            f"{record.name}-{task.name}-{task.shots}shot-{task.documents}{behind(accelerator)}": {
+            entry_key(
+                f"{record.name}-{task.name}-{task.shots}shot-{task.documents}",
+                accelerator.num_processes,
+            ): {
                 "options": settings_of(options),
                 **measure_task(
                     *(config, model, tokenizer, task, options, Path(scratch), accelerator)

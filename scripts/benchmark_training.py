@@ -29,6 +29,7 @@ from benchmark_common import (
     COMMITTED,
     LOCAL,
     SHAPES,
+    entry_key,
     fill_factors,
     gsm8k_lengths,
     matmul_rate,
@@ -383,8 +384,7 @@ def measure(options: Options) -> None:
 
 def key_of(options: Options, processes: int) -> str:
     """Which entry of the record a measurement is."""
-    sharded = "-sharded" if options.sharded else ""
-    return f"{options.shape}-r{options.rank}{sharded}" + (f"-x{processes}" if processes > 1 else "")
+    return entry_key(f"{options.shape}-r{options.rank}", processes, options.sharded)
 
 
 def table_rows(key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from benchmark_common import COMMITTED, gsm8k_lengths, read_entries
+from benchmark_common import COMMITTED, SHARDED, gsm8k_lengths, read_entries, split_key
 
 from matryoshka_lora.cli import option, run_script
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.files import write_atomically
 
-SHARDED = "-sharded"
 SYSTEM = "matryoshka"
 HOST = 8  # GPUs
 EPOCHS, RECORDS = 3, 7473
@@ -196,8 +195,7 @@ def read(options: Options) -> tuple[dict[str, dict[int, Measured]], dict[str, fl
         name, of, on = key.partition(" on ")
         found = Measured.of(entry)
         if on == card and found is not None:
-            shape = name.removesuffix(f"-x{found.processes}")
-            shapes.setdefault(shape, {})[found.processes] = found
+            shapes.setdefault(split_key(name)[0], {})[found.processes] = found
     for shape, by_count in shapes.items():
         if shape.endswith(SHARDED) and (one := shapes.get(shape.removesuffix(SHARDED), {}).get(1)):
             by_count[1] = one
@@ -207,7 +205,7 @@ def read(options: Options) -> tuple[dict[str, dict[int, Measured]], dict[str, fl
         name, _, on = key.partition(" on ")
         if on == card:
             n = entry.get("processes", 1)
-            rates.setdefault(name.removesuffix(f"-x{n}"), {})[n] = entry["answers_per_second"]
+            rates.setdefault(split_key(name)[0], {})[n] = entry["answers_per_second"]
     efficiencies = [
         rate[max(rate)] / (max(rate) * rate[1])
         for rate in rates.values()

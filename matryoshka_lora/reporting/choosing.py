@@ -259,15 +259,14 @@ def choose(
         enough = point is best or worst <= allowed + 1e-9
         candidates.append(Candidate(point, sizes[point.rank, point.rule], behind, enough))
     (winner,) = (each for each in candidates if each.point is best)
-    chosen, sign = winner, 1 if found.metric.lower_is_better else -1
+    assert best.scores is not None
+    documents, sign = len(best.scores), 1 if found.metric.lower_is_better else -1
+    chosen = winner
     if budget is None or tolerance is not None:
         chosen = min(
             (each for each in candidates if each.enough),
             key=lambda each: (each.point.rank, sign * each.point.score),
         )
-    assert best.scores is not None
-    documents = len(best.scores)
-    if budget is None or tolerance is not None:
         _warn_of_few(documents, found.metric, allowed)
     if found.base is not None and sign * (best.score - found.base) >= 0:
         logger.warning(
