@@ -62,6 +62,8 @@ TRAIN = SCRIPTS.parent / "train.py"
 SHARDED_LAUNCH = SCRIPTS.parent / "configs" / "accelerate" / "fsdp.yaml"
 LIMIT = 300.0
 """Seconds of one measurement, several times what it should take: a hang costs no more."""
+ENDING_SECONDS = 10.0
+"""How long the end of a killed process is waited for: freeing a full card takes seconds."""
 SHAPES = {
     "llama3_8b-r32": "shape=llama3_8b rank=32",
     "llama3_8b-r256": "shape=llama3_8b rank=256",
@@ -365,11 +367,13 @@ class Bench:
             try:
                 code = process.wait(None if seconds == math.inf else seconds)
             except psutil.TimeoutExpired:
-                # Launchers put their processes into sessions of their own.
-                for each in [process, *process.children(recursive=True)]:
+                # Launchers put their processes into sessions of their own. A killed process still
+                # holds its card for a moment, which the next measurement may be waiting for.
+                family = [process, *process.children(recursive=True)]
+                for each in family:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
-                process.wait()
+                psutil.wait_procs(family, timeout=ENDING_SECONDS)
                 code = None
         if code != 0:
             what = f"ended after {seconds:.0f} s" if code is None else f"exit code {code}"
