@@ -295,6 +295,49 @@ def test_a_sharded_base_trains_and_reads_the_same(tmp_path):
     all_print_equal(tmp_path, SHARDED)
 
 
+SAME_TOKENS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
+from matryoshka_lora.evaluation.engines.hf import harness_lm
+from matryoshka_lora.evaluation.readings import plan_points
+from matryoshka_lora.evaluation.tasks import load_tasks
+import tiny_lm
+
+accelerator = Accelerator(cpu=True)
+data = Path(sys.argv[2]) / "data"
+if accelerator.is_main_process:
+    tiny_lm.write_data(data)
+accelerator.wait_for_everyone()
+model, tokenizer = tiny_lm.adapt(tiny_lm.model()), tiny_lm.tokenizer()
+(task,) = load_tasks([("gsm8k", 0)], data_path=data, limit=6)
+requests = [r for r in task.requests(harness_lm(model, tokenizer)) if r.kind == "generate"]
+(point,) = plan_points(tiny_lm.view(), [4], ["prefix"], [1, 2, 4]).points[-1:]
+jobs = [(point, request) for request in requests]
+
+def texts(lockstep):
+    engine = BatchedEngine(model, tokenizer, lockstep=lockstep, max_rows=2)
+    return gather_object([{index: output.text for index, output in engine.run(jobs)}])
+
+expected = texts(False)[0]
+if not accelerator.is_main_process:  # as if it rounded otherwise, only far more
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+ones_own = texts(False)
+assert ones_own[0] == expected != ones_own[1]
+assert texts(True) == [expected, expected]
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_processes_in_lockstep_go_on_with_the_tokens_of_the_first(tmp_path):
+    all_print_equal(tmp_path, SAME_TOKENS)
+
+
 MOVED = """
 import json, shutil, sys, torch
 sys.path.insert(0, sys.argv[1])

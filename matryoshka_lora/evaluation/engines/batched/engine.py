@@ -29,7 +29,7 @@ from matryoshka_lora.evaluation.engines.batched.diagonal_table import DiagonalTa
 from matryoshka_lora.evaluation.engines.batched.factors import ComputeFactors, compute_factors
 from matryoshka_lora.evaluation.engines.batched.fused import fused
 from matryoshka_lora.evaluation.engines.batched.kv_cache import KVCache
-from matryoshka_lora.evaluation.engines.batched.model_runner import ModelRunner, greedy
+from matryoshka_lora.evaluation.engines.batched.model_runner import ModelRunner
 from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 from matryoshka_lora.evaluation.engines.batched.scheduler import (
     DEVICE_LIMITS,
@@ -204,7 +204,7 @@ class Run:
         self.stop_sets = np.array([engine.stops.index(request.until) for request in self.requests])
         eos = self.model.generation_config.eos_token_id
         self.eos = np.array([] if eos is None else eos).reshape(-1)
-        self.runner = ModelRunner(self.model, factors, self.table)
+        self.runner = ModelRunner(self.model, factors, self.table, engine.lockstep)
 
     @property
     def busy(self) -> bool:
@@ -302,5 +302,5 @@ class Run:
             cache.start_prefill(cached)
             cache.write_to(*places)
         logits = self.runner.prefill(prefill, [g.point for g in groups], cache)
-        tokens = greedy(logits[prefill.context_ends])
+        tokens = self.runner.greedy(logits[prefill.context_ends])
         return prefill.score(logits), tokens

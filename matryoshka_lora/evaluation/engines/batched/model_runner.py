@@ -16,12 +16,16 @@ from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 
 
 class ModelRunner:
-    """Runs the model with the diagonals of a table and the factors narrowed to what they read."""
+    """Runs the model with the diagonals of a table and the factors narrowed to what they read.
+
+    lockstep: other processes run the same forwards, and all go on with the first one's tokens.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, factors: ComputeFactors, table: DiagonalTable
+        self, model: PreTrainedModel, factors: ComputeFactors, table: DiagonalTable, lockstep: bool
     ) -> None:
         self.model, self.factors, self.table = model, factors, table
+        self.lockstep = lockstep
         table.apply(table.zeros(1))
         self.kv_shapes = kv_shapes(model)
         # Whether to use the plain functions of attention: in prefills, in decoding.
@@ -72,10 +76,19 @@ class ModelRunner:
             "max_length_k": longest,
             "kv_lengths": position + 1,
         }
-        new = greedy(self._forward(token[None], inputs, state.cache, 0))
+        new = self.greedy(self._forward(token[None], inputs, state.cache, 0))
         token.copy_(new)
         position.copy_(torch.minimum(position + 1, state.last[:rows]))
         return new
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """(..., vocabulary) -> (...): the greedy choice; as in transformers, in float32 at most."""
+        tokens = (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
+        if self.lockstep:
+            # Their number of forwards follows from the tokens. One that was rounded otherwise would
+            # end an answer elsewhere, and the others would wait for its forwards for good.
+            torch.distributed.broadcast(tokens, 0)
+        return tokens
 
     def _forward(
         self, ids: Tensor, inputs: dict[str, Any], cache: Cache | None, kept: Tensor | int
@@ -89,11 +102,6 @@ class ModelRunner:
             reference=self._plain["kv_lengths" in inputs],
             **inputs,
         ).logits[0]
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """(..., vocabulary) -> (...): the greedy choice; as in transformers, in float32 at most."""
-    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
 
 
 def round_up(rows: int) -> int:
