@@ -14,7 +14,7 @@ model.
 
 Measurements that fit on the host's cards run side by side. Each adds an entry to a record in
 `output` (training.json, sweep.json, scaling.json) as soon as it is done, and one that is there with
-the same options is not measured again. What takes longer than `LIMIT` seconds, or is not done when
+the same options is not measured again. What takes longer than `limit` seconds, or is not done when
 `seconds` are over, is ended and named; the rest goes on. `scaling.md` has the speed of n GPUs as a
 share of n times the speed of one.
 """
@@ -60,8 +60,6 @@ logger = logging.getLogger("matryoshka_lora.benchmark")
 SCRIPTS = Path(__file__).parent
 TRAIN = SCRIPTS.parent / "train.py"
 SHARDED_LAUNCH = SCRIPTS.parent / "configs" / "accelerate" / "fsdp.yaml"
-LIMIT = 300.0
-"""Seconds of one measurement, several times what it should take: a hang costs no more."""
 ENDING_SECONDS = 10.0
 """How long the end of a killed process is waited for: freeing a full card takes seconds."""
 SHAPES = {
@@ -122,6 +120,7 @@ class Options:
         ["llama3_1b-3shot", "llama3_70b-sharded", RUN], "of sweep", choices=SWEEPS
     )
     seconds: float = option(math.inf, "for all; what is not done then is ended")
+    limit: float = option(300.0, "of one measurement, grids aside: a hang costs no more")
     steps: int = option(20, "of training, measured after the warm-up, where a shape has no own")
     loss_steps: int = option(300, "of the run of losses")
     grid_runs: int = option(8, "seeds of the grid")
@@ -331,11 +330,12 @@ class Bench:
         processes: int,
         *,
         sharded: bool = False,
-        limit: float = LIMIT,
+        limit: float | None = None,
     ) -> float:
         """Run a Python command on these cards; the seconds until its end.
 
         sharded: launched by the file for that; scripts of this folder have an option instead.
+        limit: seconds, in place of those of the options.
         Raises RuntimeError with the last line of its output if it fails or takes too long.
         """
         launch: list[Any] = []
@@ -353,7 +353,7 @@ class Bench:
             "OMP_NUM_THREADS": str(max(1, cores // max(8, len(ids)))),
         }
         began = time.monotonic()
-        seconds = min(limit, self.end - began)
+        seconds = min(self.options.limit if limit is None else limit, self.end - began)
         if seconds <= 0:
             raise RuntimeError("not begun: no time was left")
         with log.open("wb") as output:

@@ -276,7 +276,7 @@ def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, mon
 
 def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
     """A launcher's processes have sessions of their own, so its end alone would leave them."""
-    options = scaling.Options(output=str(tmp_path), work=str(tmp_path), seconds=60)
+    options = scaling.Options(output=str(tmp_path), work=str(tmp_path), seconds=60, limit=2)
     bench = scaling.Bench(options, False)
     program = (
         "import pathlib, subprocess, sys, time\n"
@@ -286,7 +286,7 @@ def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
         "time.sleep(60)"
     )
     with pytest.raises(RuntimeError, match=r"ended after 2 s: nobody answers \(see .*hang\.log"):
-        bench.start("hang", ["0"], ["-c", program], 1, limit=2)
+        bench.start("hang", ["0"], ["-c", program], 1)
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
     bench.end = 0.0
