@@ -273,9 +273,7 @@ def answer(
     outputs: Answers = {}
     synchronize(device)
     began = shown = time.perf_counter()
-    # In a thread of its own, but for a sharded base: forwards then wait for each other.
-    lockstep = isinstance(engine, BatchedEngine) and engine.lockstep
-    for index, output in engine.run(jobs) if lockstep else answers_of(engine, jobs):
+    for index, output in answers_of(engine, jobs):
         point, request = jobs[index]
         outputs[(point, request)] = output
         key = (point, request.doc_id)
@@ -384,7 +382,7 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
     if options.baseline:
         sample = some_batches(requests, options.batch_size, options.baseline_documents)
         logger.info("HF backend: %d documents at rank %d", len(sample), points[-1].rank)
-        hf = HFEngine(model, tokenizer, options.batch_size)
+        hf = HFEngine(model, tokenizer, options.batch_size, options.sharded)
         asked = [(points[-1], request) for request in sample]
         with capped(model, dict.fromkeys(limits, 2)):  # warms up
             answer(hf, task, asked[: options.batch_size], device)
@@ -428,7 +426,7 @@ class Recorder:
     """An engine that notes when it was first asked, and all that it answered."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.lockstep = engine, engine.lockstep
         self.began: float | None = None
         self.outputs: Answers = {}
 

@@ -270,13 +270,13 @@ for kind in ("whole", "batched", "hf"):
         shard_base(model, mesh_of(accelerator.device))
     lockstep = kind != "whole"
     if kind == "hf":
-        engine = HFEngine(model, tokenizer, 4)
+        engine = HFEngine(model, tokenizer, 4, lockstep)
     else:
         engine = BatchedEngine(model, tokenizer, lockstep=lockstep)
     plan = plan_points(tiny_lm.view(), [2, 4], ["prefix", "svd"], [1, 2, 4])
     rows = run_sweep(
         model, tokenizer, tasks, plan, engine, Path(sys.argv[2]) / kind,
-        processes=accelerator, lockstep=lockstep,
+        processes=accelerator,
     )
     found[kind] = {row.key: row.value for row in rows}
 if accelerator.is_main_process:
@@ -302,9 +302,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
-from matryoshka_lora.evaluation.engines.hf import harness_lm
+from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.readings import plan_points
 from matryoshka_lora.evaluation.tasks import load_tasks
+from matryoshka_lora.ops.sharded import mesh_of
+from matryoshka_lora.processes import shard_base
 import tiny_lm
 
 accelerator = Accelerator(cpu=True)
@@ -318,17 +320,22 @@ requests = [r for r in task.requests(harness_lm(model, tokenizer)) if r.kind == 
 (point,) = plan_points(tiny_lm.view(), [4], ["prefix"], [1, 2, 4]).points[-1:]
 jobs = [(point, request) for request in requests]
 
-def texts(lockstep):
-    engine = BatchedEngine(model, tokenizer, lockstep=lockstep, max_rows=2)
+def texts(engine):
     return gather_object([{index: output.text for index, output in engine.run(jobs)}])
 
-expected = texts(False)[0]
-if not accelerator.is_main_process:  # as if it rounded otherwise, only far more
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
-ones_own = texts(False)
+def batched(lockstep):
+    return BatchedEngine(model, tokenizer, lockstep=lockstep, max_rows=2)
+
+expected = texts(batched(False))[0]
+if not accelerator.is_main_process:  # as if its rounding ended each answer at once
+    end = torch.tensor(tokenizer.eos_token_id)
+    model.lm_head.register_forward_hook(lambda _, inputs, logits: logits.index_fill(-1, end, 1e4))
+ones_own = texts(batched(False))
 assert ones_own[0] == expected != ones_own[1]
-assert texts(True) == [expected, expected]
+assert texts(batched(True)) == [expected, expected]
+# Here each goes on with its own, and all run as many forwards as the longest answer takes.
+shard_base(model, mesh_of(accelerator.device))
+assert texts(HFEngine(model, tokenizer, 2, lockstep=True))[0] == expected
 print("equal")
 """
 

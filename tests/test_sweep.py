@@ -43,6 +43,8 @@ READINGS = ((0, "base"), (2, "prefix"), (1, "svd"))
 class FakeEngine:
     """Answers that depend on point and request alone, in an order of its own."""
 
+    lockstep = False
+
     def __init__(
         self, shuffle: int | None = None, fail_after: int | None = None, seconds: float = 0.0
     ) -> None:
@@ -648,9 +650,8 @@ for name, lockstep in (("sharded", False), ("lockstep", True)):
     for attempt in ("first", "again"):
         slow = processes.process_index == 1 and not lockstep
         engine = test_sweep.FakeEngine(processes.process_index, seconds=0.02 * slow)
-        rows = test_sweep.sweep(
-            data, out / name, engine, plan, processes=processes, lockstep=lockstep
-        )
+        engine.lockstep = lockstep
+        rows = test_sweep.sweep(data, out / name, engine, plan, processes=processes)
         result = {"rows": [vars(row) for row in rows], "answered": engine.answered}
         path = out / f"{name}-{attempt}-{processes.process_index}.json"
         path.write_text(json.dumps(result))

@@ -26,10 +26,11 @@ def answers_of(
 ) -> Outputs:
     """`engine.run(jobs, parts)`, prefetched where a GPU works in the meantime.
 
-    On a CPU the engine and the caller want the same cores, and each would wait for the other.
+    On a CPU the engine and the caller want the same cores, and each would wait for the other. In
+    lockstep one thread alone calls collectives, so that all processes call them in one order.
     """
     answers = engine.run(jobs, parts)
-    return prefetch(answers) if torch.cuda.is_initialized() else answers
+    return prefetch(answers) if torch.cuda.is_initialized() and not engine.lockstep else answers
 
 
 def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:

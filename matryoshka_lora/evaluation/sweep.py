@@ -59,7 +59,6 @@ def run_sweep(
     identity: str = "",
     lm: HFLM | None = None,
     processes: Accelerator | None = None,
-    lockstep: bool = False,
     on_point: OnPoint | None = None,
 ) -> list[Row]:
     """Evaluate what `folder` does not hold yet, and return all rows (on the main process).
@@ -69,8 +68,7 @@ def run_sweep(
     lm: the `harness_lm` for which the tasks' requests were made, so that they are not made again.
     processes: where there are several, each takes documents as it gets free and scores them, and
     the main one writes; all must call this with the same arguments, and the others may be done
-    before it. lockstep: all of them answer everything, as a sharded model needs. The rows do not
-    depend on either.
+    before it. An engine in lockstep answers everything on all of them. The rows are the same.
     on_point: called on the main process with the rows of a task at a point when all its documents
     are there, and with those of a group when all its tasks are complete at that point. Each row
     that is returned goes through it once. Its last argument says whether anything was asked for it.
@@ -114,12 +112,16 @@ def run_sweep(
                     if not units:
                         continue
                     exchange: Exchange[Answered] | None = None
-                    if processes is not None and processes.num_processes > 1 and not lockstep:
+                    if (
+                        processes is not None
+                        and processes.num_processes > 1
+                        and not engine.lockstep
+                    ):
                         units = _in_order(units, task)
                         exchange = Exchange(processes, f"{name}/{factors}/{index}")
                     parts = None if exchange is None else exchange.parts(len(units))
                     # Closed before the factors go back: an engine may hold parts of the model.
-                    with closing(_answer(task, units, engine, parts, lockstep)) as answered:
+                    with closing(_answer(task, units, engine, parts)) as answered:
                         if main:
                             every = answered if exchange is None else exchange.gather(answered)
                             _keep(every, stores[index], units, complete)
@@ -205,7 +207,6 @@ def _answer(
     units: Sequence[Unit],
     engine: Engine,
     parts: Iterator[range] | None,
-    lockstep: bool,
 ) -> Generator[Answered, None, None]:
     """Units as they become complete.
 
@@ -223,9 +224,7 @@ def _answer(
     # Whole units, so that requests that share a context stay together.
     shares = None if parts is None else (range(first[p.start], first[p.stop]) for p in parts)
     waiting: dict[int, dict[int, Output]] = {}
-    # Without a thread of its own where the base is sharded: forwards then wait for each other.
-    found = engine.run(jobs) if lockstep else answers_of(engine, jobs, shares)
-    with closing(found) as answers:
+    with closing(answers_of(engine, jobs, shares)) as answers:
         for index, output in answers:
             number = unit_of[index]
             arrived = waiting.setdefault(number, {})

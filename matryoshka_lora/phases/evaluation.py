@@ -91,7 +91,6 @@ def evaluate(
             identity=record.run_hash,
             lm=lm,
             processes=accelerator,
-            lockstep=sharded,
             on_point=on_point,
         )
     if main:

@@ -30,7 +30,7 @@ def make_engine(
     if name == "hf":
         from matryoshka_lora.evaluation.engines.hf import HFEngine
 
-        return HFEngine(model, tokenizer, batch_size=batch_size)
+        return HFEngine(model, tokenizer, batch_size=batch_size, lockstep=lockstep)
     if name == "batched":
         from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 

@@ -71,11 +71,15 @@ class HFEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        lockstep: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is not positive")
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.lockstep = model, batch_size, lockstep
         self.lm = harness_lm(model, tokenizer, batch_size)
 
     def run(

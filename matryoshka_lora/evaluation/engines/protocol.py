@@ -61,6 +61,9 @@ Outputs = Generator[tuple[int, Output], None, None]
 class Engine(Protocol):
     """Answers jobs; all jobs of one call share a factor set, ranks and rules mix freely."""
 
+    lockstep: bool
+    """The base is sharded over processes, so all must answer the same jobs by the same forwards."""
+
     def run(
         self, jobs: Sequence[tuple[Point, Request]], parts: Iterator[range] | None = None
     ) -> Outputs:
