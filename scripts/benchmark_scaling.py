@@ -62,15 +62,15 @@ TRAIN = SCRIPTS.parent / "train.py"
 SHARDED_LAUNCH = SCRIPTS.parent / "configs" / "accelerate" / "fsdp.yaml"
 ENDING_SECONDS = 10.0
 """How long the end of a killed process is waited for: freeing a full card takes seconds."""
+LLAMA3_70B = "shape=llama3_70b rank=16 gradient_checkpointing=true warmup=3 steps=8"
 SHAPES = {
     "llama3_8b-r32": "shape=llama3_8b rank=32",
     "llama3_8b-r256": "shape=llama3_8b rank=256",
     "llama3_1b-r32": "shape=llama3_1b rank=32 cuda_graphs=true warmup=60 steps=60",
     "llama3_1b-r256": "shape=llama3_1b rank=256 cuda_graphs=true warmup=60 steps=60",
     "llama3_8b-r256-sharded": "shape=llama3_8b rank=256 sharded=true",
-    "llama3_70b-r16-sharded": (
-        "shape=llama3_70b rank=16 sharded=true gradient_checkpointing=true warmup=3 steps=8"
-    ),
+    "llama3_70b-r16": LLAMA3_70B,
+    "llama3_70b-r16-sharded": f"{LLAMA3_70B} sharded=true",
     "tiny-r32": "shape=tiny rank=32",
     "tiny-r32-sharded": "shape=tiny rank=32 sharded=true",
 }
@@ -87,8 +87,10 @@ SWEEPS = {
     RUN: "",
 }
 """Name -> options of benchmark_sweep.py; `run` is the run of `losses` on one GPU."""
-LEAST = {"llama3_70b-r16-sharded": 4, "llama3_70b-sharded": 4, "tiny-sharded": 2}
-"""Name -> the fewest GPUs that can hold it, where more than one."""
+LARGE = {"llama3_70b": 131.4}
+"""Beginning of a name -> GiB of the base, where a card may be too small for it."""
+ROOM = 0.75
+"""The share of a card that a base may fill; the rest is for all else."""
 ALONE = "losses-x1"
 PARTS = ("training", "sharded", "sweep", "losses", "grid")
 BENCHMARKS = ("training", "sweep", "scaling")
@@ -156,7 +158,9 @@ class Bench:
         self.output, self.work = Path(options.output), Path(options.work)
         self.end = time.monotonic() + options.seconds
         self.entries = {name: read_entries(self.output, name) for name in BENCHMARKS}
-        self.card = environment()["device"]["name"]
+        device = environment()["device"]
+        self.card = device["name"]
+        self.card_gib = device.get("memory_gib", math.inf)
 
     def plan(self) -> list[Measurement]:
         """All of them, each once."""
@@ -178,14 +182,20 @@ class Bench:
                 yield self._grid(count)
             elif part == "sweep":
                 for sweep in options.sweeps:
-                    if count >= LEAST.get(sweep, 1):
+                    sharded = sweep.endswith(SHARDED)
+                    if self._holds(sweep, count) and (count > 1 or not sharded):
                         yield self._sweep(sweep, count)
             else:
                 for shape in options.shapes:
                     if shape.endswith(SHARDED) != (part == "sharded"):
                         continue
-                    if count >= LEAST.get(shape, 1):
+                    if self._holds(shape, count):
                         yield self._training(shape, count)
+
+    def _holds(self, name: str, count: int) -> bool:
+        """Whether so many cards have room for the base, of which each holds a shard or all."""
+        gib = sum(gib for beginning, gib in LARGE.items() if name.startswith(beginning))
+        return gib <= (count if name.endswith(SHARDED) else 1) * ROOM * self.card_gib
 
     def _half_step(self) -> int:
         """Tokens of a forward that make two or more of a step."""

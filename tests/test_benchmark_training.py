@@ -294,15 +294,24 @@ def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
         bench.start("late", ["0"], ["-c", "print(1)"], 1)
 
 
-def test_what_only_some_cards_can_do_is_asked_of_those_alone(tmp_path):
+def test_what_only_some_cards_can_do_is_asked_of_those_alone(tmp_path, monkeypatch):
     """A base that is too large for fewer, and the launch of a sharded run, which needs GPUs."""
 
-    def names(on_gpus, **asked):
+    def names(on_gpus, gib=80, **asked):
+        device = {"name": "a card", "memory_gib": gib}
+        monkeypatch.setattr(scaling, "environment", lambda: {"device": device})
         options = scaling.Options(**asked, output=str(tmp_path), work=str(tmp_path))
         return [each.name for each in scaling.Bench(options, on_gpus).plan()]
 
-    assert names(True, parts=["sharded"], shapes=["llama3_70b-r16-sharded"]) == [
-        "llama3_70b-r16-sharded on 4"
+    for gib, counts in ((80, [4]), (140, [2, 4]), (280, [1, 2, 4])):
+        assert names(True, gib, parts=["sharded"], shapes=["llama3_70b-r16-sharded"]) == [
+            f"llama3_70b-r16{'-sharded' * (count > 1)} on {count}" for count in counts
+        ]
+        assert names(True, gib, parts=["sweep"], sweeps=["llama3_70b-sharded"]) == [
+            f"sweep of llama3_70b-sharded on {count}" for count in counts if count > 1
+        ]
+    assert names(True, parts=["training"], shapes=["llama3_70b-r16", "tiny-r32"], gpus=[4]) == [
+        "tiny-r32 on 4"
     ]
     assert names(True, parts=["sweep"], sweeps=["llama3_70b-sharded", "tiny"], gpus=[1, 4]) == [
         *("sweep of tiny on 1", "sweep of llama3_70b-sharded on 4", "sweep of tiny on 4")
