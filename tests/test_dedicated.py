@@ -66,7 +66,9 @@ def test_the_rank_at_a_loss_is_on_the_monotone_envelope():
 def only(records):
     """The one comparison of the one table."""
     (table,) = rank_tables(records)
-    return compare(table, records)
+    found = compare(table, records)
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
 def dedicated(*losses, **changes):
@@ -148,6 +150,39 @@ def test_curves_are_compared_with_the_lora_of_each_rank(tmp_path):
     assert (one.cost, found.cost, found.unit) == (1.5, pytest.approx(3.07), 3)
     assert one.curve.seeds == 2 and one.equivalent[1].value == 0
     assert math.isinf(by_name["lora"].equivalent[4].value)
+
+
+def test_each_set_of_training_records_has_its_own_dedicated_loras(tmp_path):
+    """The fewer records of set 1 give worse adapters, which are as near to its own LoRAs."""
+    sets = {"0": 1.0, "1": 1.5}
+    records = [
+        one
+        for data, factor in sets.items()
+        for one in (
+            *dedicated(*(factor * loss for loss in (0.8, 0.6, 0.5)), data=data),
+            record(
+                *("nested_matryoshka", 4),
+                {1: 0.88 * factor, 2: 0.6 * factor, 4: 0.5 * factor},
+                data=data,
+            ),
+        )
+    ]
+    for number, one in enumerate(records):
+        one.run_hash, one.name = f"{number:08d}", f"{one.name}-{number}"
+    (table,) = rank_tables(records)
+    found = compare(table, records)
+    assert [one.dedicated[1].cells[1].mean for one in found] == pytest.approx([0.8, 1.2])
+    for one in found:
+        (compared,) = one.curves
+        assert compared.excess[1].value == pytest.approx(10, abs=1e-3)
+        assert one.cost == pytest.approx((101 + 102 + 104) / 104)
+    write_report("both", records[:4], tmp_path)
+    assert len([*tmp_path.glob("*/both-answer.*")]) == 4
+    # An answer on several sets would not say which; that of the first report is removed.
+    write_report("both", records, tmp_path)
+    assert not [*tmp_path.glob("*/both-answer.*")]
+    text = (tmp_path / "tables" / "both-dedicated.md").read_text()
+    assert "loss, training set 1 of 2" in text and "loss, training set 2 of 2" in text
 
 
 def test_what_is_not_compared():

@@ -1,5 +1,6 @@
 """Run records -> tables and figures. Reads nothing but records."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 
+RATES, DEDICATED, ANSWER = "rates", "dedicated", "answer"
+"""What stands in the names of the files beside a table, where its records give them."""
+
+
 def write_report(
     table_name: str,
     records: Sequence[Record],
@@ -44,22 +49,27 @@ def write_report(
     rate; those of at least FEWEST dedicated LoRAs `tables/<name>-dedicated.{csv,md,tex}`, how near
     each row comes to them, and `<name>-answer`, a short table and a figure. Returns the paths, the
     main table first. The files depend on the arguments alone, not on the order of the records
-    or on the clock. `planned`: see `rank_tables`, whose UserErrors this raises, too.
+    or on the clock, and those of an earlier report that these records do not give are removed.
+    `planned`: see `rank_tables`, whose UserErrors this raises, too.
     """
     results_dir = Path(results_dir)
     table, figure = results_dir / "tables" / table_name, results_dir / "figures" / table_name
     tables = rank_tables(records, planned)
     paths = write_tables(tables, table, title=table_name)
     paths += plot_tables(tables, figure)
-    of_rates = f"{table_name}-rates"
-    paths += write_rates(
-        records, table.with_name(of_rates), figure.with_name(of_rates), title=table_name
-    )
-    against = [found for one in tables if (found := compare(one, records)) is not None]
+    beside = {
+        kind: (table.with_name(f"{table_name}-{kind}"), figure.with_name(f"{table_name}-{kind}"))
+        for kind in (RATES, DEDICATED, ANSWER)
+    }
+    paths += write_rates(records, *beside[RATES], title=table_name)
+    against = [found for one in tables for found in compare(one, records)]
     paths += write_comparisons(
-        against,
-        table.with_name(f"{table_name}-dedicated"),
-        f"{table_name}: against dedicated LoRAs",
+        against, beside[DEDICATED][0], f"{table_name}: against dedicated LoRAs"
     )
-    answer = f"{table_name}-answer"
-    return paths + write_answer(against, table.with_name(answer), figure.with_name(answer))
+    paths += write_answer(against, *beside[ANSWER])
+    for stem in itertools.chain(*beside.values()):
+        for suffix in (".csv", ".md", ".tex", ".png", ".pdf"):
+            path = stem.with_name(stem.name + suffix)
+            if path not in paths:
+                path.unlink(missing_ok=True)
+    return paths

@@ -44,10 +44,10 @@ NEAR = 1.15
 def write_answer(found: Sequence[Comparisons], stem: Path, figure: Path) -> list[Path]:
     """Write `<stem>.md`, `.tex` and `<figure>.png`, `.pdf` of the table with the most runs.
 
-    Nothing where no table has any of ROWS.
+    Nothing where no table has any of ROWS, or one has several sets of training records.
     """
     answers = [(one, rows) for one in found if (rows := _rows(one))]
-    if not answers:
+    if not answers or len({one.table.metric for one in found}) < len(found):
         return []
     one, rows = max(answers, key=lambda answer: sum(row.curve.seeds for row in answer[1].values()))
     paths = write_grids([_grid(one, rows)], stem, "One adapter, or a LoRA for every rank?")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import pandas as pd
 from matryoshka_lora.reporting.bootstrap import Estimate, interval, resampled_means
 from matryoshka_lora.reporting.curves import Curve, RankTable
 from matryoshka_lora.reporting.differences import Scores, columns_of, dedicated_rows, svd_of_lora
+from matryoshka_lora.reporting.frame import Metric
 from matryoshka_lora.reporting.grids import (
     HOLE,
     Grid,
@@ -87,16 +89,25 @@ class Comparisons:
         return f">{max(self.dedicated)}" if math.isinf(rank) else f"{rank:.1f}"
 
 
-def compare(table: RankTable, records: Sequence[Record]) -> Comparisons | None:
-    """None where there are fewer than FEWEST dedicated LoRAs with losses, or no curve beside them.
+def compare(table: RankTable, records: Sequence[Record]) -> list[Comparisons]:
+    """One for each set of training records, whose rows are compared with each other alone.
 
-    The intervals are over problems, the same for all rows, and over the seeds of each row. Compared
-    are rows that were trained on the same records and read on the same documents. records: those
-    behind the table, for the cost.
+    None of a set that has fewer than FEWEST dedicated LoRAs with losses, or no curve beside them.
+    The intervals are over problems, the same for all rows, and over the seeds of each row. records:
+    those behind the table, for the cost.
     """
-    dedicated = dedicated_rows(table) if table.metric.metric == "loss" else {}
-    contents = {row.content for row in dedicated.values()}
-    if len(dedicated) < FEWEST or len(contents) != 1 or len(table.documents) != 1:
+    if table.metric.metric != "loss" or len(table.documents) != 1:
+        return []
+    contents = dict.fromkeys(row.content for row in table.rows if row.kind == "dedicated")
+    made = (_compare(table, records, content) for content in contents)
+    return [one for one in made if one is not None]
+
+
+def _compare(
+    table: RankTable, records: Sequence[Record], content: frozenset[Any]
+) -> Comparisons | None:
+    dedicated = dedicated_rows(table, content)
+    if len(dedicated) < FEWEST:
         return None
     curves = [
         row
@@ -104,7 +115,7 @@ def compare(table: RankTable, records: Sequence[Record]) -> Comparisons | None:
         if row.kind == "curve"
         and row.seeds
         and row.same_as is None
-        and row.content in contents
+        and row.content == content
         and not (is_baseline(row.method_name) and row.cells.keys() == {row.rank})
     ]
     if not curves:
@@ -125,7 +136,8 @@ def compare(table: RankTable, records: Sequence[Record]) -> Comparisons | None:
         return Estimate(value, *interval(quantity(of_ranks, drawn[number])))
 
     tokens = {record.name: (record.training or {}).get("tokens") for record in records}
-    unit = max((*svd_of_lora(table), dedicated[ranks[-1]]), key=lambda row: row.epochs or 0)
+    loras = [row for row in svd_of_lora(table) if row.content == content]
+    unit = max((*loras, dedicated[ranks[-1]]), key=lambda row: row.epochs or 0)
     one = _tokens(unit, tokens)
 
     def cost(*rows: Curve) -> float | None:
@@ -192,7 +204,15 @@ def write_comparisons(found: Sequence[Comparisons], stem: Path, title: str) -> l
     if not found:
         return []
     csv = write_csv(pd.DataFrame([line for one in found for line in _csv_lines(one)]), stem)
-    return [csv, *write_grids([_grid(one) for one in found], stem, title)]
+    sets = Counter(one.table.metric for one in found)
+    number: Counter[Metric] = Counter()
+    grids = []
+    for one in found:
+        metric = one.table.metric
+        number[metric] += 1
+        of = f", training set {number[metric]} of {sets[metric]}" if sets[metric] > 1 else ""
+        grids.append(_grid(one, f"{metric.label}{of}"))
+    return [csv, *write_grids(grids, stem, title)]
 
 
 def percent_text(excess: Estimate) -> str:
@@ -226,7 +246,7 @@ def _csv_lines(one: Comparisons) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _grid(one: Comparisons) -> Grid:
+def _grid(one: Comparisons, title: str) -> Grid:
     """A line a curve, at each rank the excess above the equivalent rank."""
     table = one.table
     ranks = [*one.dedicated]
@@ -243,7 +263,7 @@ def _grid(one: Comparisons) -> Grid:
         lines.append([*row_names(table, compared.curve), cost_text(compared.cost), *cells])
     total = "" if one.cost is None else f"; the {len(ranks)} dedicated LoRAs take {one.cost:.2g}"
     return Grid(
-        table.metric.label,
+        title,
         "First line: loss above that of the LoRA trained for the rank alone, %. Second: the rank "
         "of a dedicated LoRA with the adapter's loss, read off their monotone curve over log2 "
         f"rank. {one.legend}{total}",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,14 +70,17 @@ def svd_of_lora(table: RankTable) -> list[Curve]:
     ]
 
 
-def dedicated_rows(table: RankTable) -> dict[int, Curve]:
+def dedicated_rows(table: RankTable, content: frozenset[Any] | None = None) -> dict[int, Curve]:
     """By rank, the LoRA that was trained for it alone: of several rates the best.
+
+    content: of those that were made from this; None: of all.
 
     Where one was, a LoRA of the table's R that was read at all ranks stands for R, if no other
     does: there its rules are all the function that was trained.
     """
-    alone = [row for row in table.rows if row.kind == "dedicated"]
-    whole = [row for row in table.rows if row.kind == "curve" and is_baseline(row.method_name)]
+    made = [row for row in table.rows if content is None or row.content == content]
+    alone = [row for row in made if row.kind == "dedicated"]
+    whole = [row for row in made if row.kind == "curve" and is_baseline(row.method_name)]
     sign = 1 if table.metric.lower_is_better else -1
     found: dict[int, Curve] = {}
     for rows in (alone, whole if alone else []):
