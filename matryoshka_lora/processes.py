@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
-    InitProcessGroupKwargs,
     broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
 )
@@ -33,9 +31,6 @@ from matryoshka_lora.ops.sharded import mesh_of, shard
 
 T = TypeVar("T")
 
-WAIT = timedelta(hours=2)
-"""That processes wait in a collective, as for the main one, which identifies hundreds of GB of
-weights by reading them. A process that has ended is noticed earlier, by `tell_who_ended`."""
 LEAVE_SECONDS = 1.0
 """That a process which its launcher ends stays for the others to see it."""
 
@@ -51,11 +46,7 @@ def make_accelerator() -> Accelerator:
     # rows.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Without being told, accelerate ignores the launcher where there is no GPU.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
-    )
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
