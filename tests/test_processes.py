@@ -212,7 +212,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from matryoshka_lora.core.adapter import at_rank
-from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.evaluation.engines.batched.engine import BatchedEngine
 from matryoshka_lora.evaluation.engines.hf import HFEngine
@@ -352,7 +351,6 @@ from test_training import factors, make_config, make_examples
 from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.processes import build_adapted_model
 from matryoshka_lora.training.loop import fit
@@ -435,10 +433,8 @@ sys.path.insert(0, sys.argv[1])
 from test_training import eventful, factors, make_examples, make_model, relative
 from pathlib import Path
 from accelerate import Accelerator
-from matryoshka_lora import processes as processes_module
 from matryoshka_lora.config import build_method
 from matryoshka_lora.methods import TRAINED
-from matryoshka_lora.processes import tell_who_ended
 from matryoshka_lora.training.gradients import are_same_on_all_processes
 from matryoshka_lora.training.loop import fit
 

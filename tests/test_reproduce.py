@@ -535,7 +535,9 @@ def test_fewer_epochs_are_tried_at_the_best_rate_and_above():
 def test_committed_rows_compose_and_name_known_rates():
     for path in sorted((ROOT / "configs" / "evidence").glob("*.yaml")):
         given = evidence.read_evidence(path)
-        assert given.rows and (ROOT / f"configs/model/{given.model}.yaml").is_file()
+        rows = {"gemma3_270m": 5, "smollm2_svd": 3}.get(path.stem, 18)
+        assert len(given.rows) == rows or (given.rows and not given.final)
+        assert (ROOT / f"configs/model/{given.model}.yaml").is_file()
         for row in given.rows:
             assert (ROOT / f"configs/method/{row.settings['method']}.yaml").is_file() or (
                 row.settings["method"] not in METHODS
