@@ -382,7 +382,7 @@ def measure_shape(options: Options, accelerator: Accelerator) -> dict[str, dict[
     if options.baseline:
         sample = some_batches(requests, options.batch_size, options.baseline_documents)
         logger.info("HF backend: %d documents at rank %d", len(sample), points[-1].rank)
-        hf = HFEngine(model, tokenizer, options.batch_size, options.sharded)
+        hf = HFEngine(model, tokenizer, options.batch_size)
         asked = [(points[-1], request) for request in sample]
         with capped(model, dict.fromkeys(limits, 2)):  # warms up
             answer(hf, task, asked[: options.batch_size], device)

@@ -45,7 +45,7 @@ def evaluate(
     fingerprints: of the content behind `tasks` and `held_out`, as `wanted_points` takes them.
     lm: what `check_model` returned.
     """
-    main, sharded = accelerator.is_main_process, is_sharded(accelerator)
+    main = accelerator.is_main_process
     plan = plan_points(
         adapter_view(model), config.eval_ranks, config.eval.rules, config.train_ranks
     )
@@ -85,7 +85,7 @@ def evaluate(
                 tokenizer,
                 batch_size=config.eval.batch_size,
                 cuda_graphs=config.eval.cuda_graphs,
-                lockstep=sharded,
+                lockstep=is_sharded(accelerator),
             ),
             folder.samples,
             identity=record.run_hash,

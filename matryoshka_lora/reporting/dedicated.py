@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ import pandas as pd
 from matryoshka_lora.reporting.bootstrap import Estimate, interval, resampled_means
 from matryoshka_lora.reporting.curves import Curve, RankTable
 from matryoshka_lora.reporting.differences import Scores, columns_of, dedicated_rows, svd_of_lora
-from matryoshka_lora.reporting.frame import Metric
 from matryoshka_lora.reporting.grids import (
     HOLE,
     Grid,
@@ -204,14 +202,12 @@ def write_comparisons(found: Sequence[Comparisons], stem: Path, title: str) -> l
     if not found:
         return []
     csv = write_csv(pd.DataFrame([line for one in found for line in _csv_lines(one)]), stem)
-    sets = Counter(one.table.metric for one in found)
-    number: Counter[Metric] = Counter()
     grids = []
-    for one in found:
-        metric = one.table.metric
-        number[metric] += 1
-        of = f", training set {number[metric]} of {sets[metric]}" if sets[metric] > 1 else ""
-        grids.append(_grid(one, f"{metric.label}{of}"))
+    for metric, group in itertools.groupby(found, key=lambda one: one.table.metric):
+        sets = [*group]
+        for number, one in enumerate(sets, 1):
+            of = f", training set {number} of {len(sets)}" if len(sets) > 1 else ""
+            grids.append(_grid(one, f"{metric.label}{of}"))
     return [csv, *write_grids(grids, stem, title)]
 
 
