@@ -73,12 +73,13 @@ reproduce-table3: setup ## Open-Platypus, then ARC-Challenge and HellaSwag; DRY=
 	$(BIN)/python scripts/reproduce.py table3 $(GRID)
 
 # One after the other; each goes on where it was stopped.
-reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations; DRY=1 only plans
+reproduce-smollm2: setup ## every method at its own rate on GSM8K with SmolLM2, ablations, fewer records; DRY=1 only plans
 	$(BIN)/python scripts/prepare_model.py smollm2
 	$(BIN)/python scripts/reproduce.py smollm2 only=search model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=final model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ablations model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2_ideas model.path=$(SMOLLM2) $(GRID)
+	$(BIN)/python scripts/reproduce.py smollm2_data model.path=$(SMOLLM2) $(GRID)
 	$(BIN)/python scripts/reproduce.py smollm2 only=also model.path=$(SMOLLM2) $(GRID)
 	$(if $(DRY),,$(BIN)/python scripts/diagnostics.py records=results/records/smollm2)
 

@@ -201,14 +201,17 @@ class Bench:
         """Tokens of a forward that make two or more of a step."""
         return 512 if self.options.model_path is None else 4096
 
-    def is_measured(self, benchmark: str, settings: Mapping[str, Any], processes: int) -> bool:
-        """Whether a record has an entry of this card with the same options."""
+    def is_measured(
+        self, benchmark: str, settings: Mapping[str, Any], processes: int, key: str | None = None
+    ) -> bool:
+        """Whether a record has an entry of this card with the same options, and this key if any."""
         same = [
             entry
-            for entry in self.entries[benchmark].values()
+            for name, entry in self.entries[benchmark].items()
             if entry["device"]["name"] == self.card
             and entry["options"] == settings
             and entry.get("processes", 1) == processes
+            and key in (None, name.partition(" on ")[0])
         ]
         return bool(same) and not self.options.again
 
@@ -253,7 +256,7 @@ class Bench:
         settings = {"overrides": overrides, "smollm2": self.options.model_path is not None}
         # A sweep of the run needs its folder, too.
         there = key != ALONE or (self.work / key).exists()
-        if there and self.is_measured("scaling", settings, count):
+        if there and self.is_measured("scaling", settings, count, key):
             return None
 
         def run(ids: Sequence[str]) -> None:
@@ -280,9 +283,9 @@ class Bench:
         if self.options.model_path is None:
             overrides += ["eval.limit=50"]
         settings = {"overrides": overrides, "smollm2": self.options.model_path is not None}
-        if self.is_measured("scaling", settings, count):
-            return None
         key = f"grid-x{count}"
+        if self.is_measured("scaling", settings, count, key):
+            return None
 
         def run(ids: Sequence[str]) -> None:
             queue = ["-m", "hydra/launcher=gpu_queue"]

@@ -6,11 +6,12 @@ A step on n GPUs, 32 samples on each, by what was measured on one and on m, the 
 
 - All-reduce: the adapter's gradient in float32, 4 bytes a trainable parameter, of which a ring
   moves 2 (n - 1) / n times as much over each GPU's link. The link's bandwidth is what explains that
-  the step of m is longer than that of one: all that differs counts as communication.
+  the step of m is longer than that of one with as many tokens, of the shape that sends most: all
+  that differs counts as communication.
 - Whole base: the step of one GPU and the all-reduce.
 - Sharded base: each GPU gathers (n - 1) / n of the base twice, for the forward and the backward
   pass, while it computes. The step is that of m, or the gathers where they take longer, and what
-  the all-reduce takes more than on m. The link is the slowest of the shapes with a whole base.
+  the all-reduce takes more than on m.
 - Several hosts of 8 GPUs: all of this at the network's bandwidth into a host, where that is less.
 - Memory: the measured peak; of a sharded base, a smaller part is held.
 - Sweep: that of one GPU, 9 ranks of GSM8K 3-shot, by n and the lowest efficiency of a sweep on m.
@@ -101,9 +102,20 @@ class Step:
     peak: float
 
 
-def bandwidth_of(one: Measured, most: Measured) -> float:
-    """Bytes a second over a GPU's link, at which the all-reduce takes what `most` takes longer."""
-    longer = most.step - one.step
+def bandwidth_of(shapes: Mapping[str, Mapping[int, Measured]]) -> float | None:
+    """Bytes a second over a GPU's link, at which the all-reduce takes what a step takes longer.
+
+    Of the whole base with the most trainable parameters; None where none ran on one and on more.
+    """
+    pairs = [
+        (by_count[1], by_count[max(by_count)])
+        for name, by_count in shapes.items()
+        if not name.endswith(SHARDED) and 1 in by_count and len(by_count) > 1
+    ]
+    if not pairs:
+        return None
+    one, most = max(pairs, key=lambda pair: pair[0].trainable)
+    longer = most.step - one.step * most.tokens / (most.processes * one.tokens)
     return most.all_reduce_bytes(most.processes) / longer if longer > 0 else math.inf
 
 
@@ -133,31 +145,24 @@ def rows_of(
 
     shapes: name -> processes -> what was measured. sweeps: model -> seconds on one GPU.
     """
-    links = [
-        bandwidth_of(by_count[1], by_count[max(by_count)])
-        for name, by_count in shapes.items()
-        if not name.endswith(SHARDED) and 1 in by_count and len(by_count) > 1
-    ]
+    link = bandwidth_of(shapes)
+    if link is None:
+        return
     for name, by_count in shapes.items():
         most = by_count[max(by_count)]
         is_sharded = name.endswith(SHARDED)
-        if len(by_count) > 1 and not is_sharded and 1 in by_count:
-            link = bandwidth_of(by_count[1], most)
-        elif links and is_sharded:
-            link = min(links)
-        else:
+        if not is_sharded and 1 not in by_count:
             continue
         reference = by_count.get(1, most)
+        base = most if is_sharded else reference
         sweep_of_one = sweeps.get(name.partition("-")[0])
         for n in options.gpus:
             for network in options.networks if n > HOST else [math.inf]:
                 bandwidth = min(link, network * GIGA)
                 step = (
-                    sharded(most, n, bandwidth, link)
-                    if is_sharded
-                    else whole(by_count[1], n, bandwidth)
+                    sharded(base, n, bandwidth, link) if is_sharded else whole(base, n, bandwidth)
                 )
-                speed = most.tokens / most.processes * n / step.seconds
+                speed = base.tokens / base.processes * n / step.seconds
                 one = reference.tokens / reference.processes / reference.step
                 training = EPOCHS * gsm8k_lengths(RECORDS).sum() / speed
                 sweep = None

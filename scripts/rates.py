@@ -3,7 +3,8 @@
     python scripts/rates.py
 
 Of each (model, method, R) the first row of the table that has it decides: its best rate at the
-number of epochs that is the default.
+number of epochs that is the default. A model keeps its line "*", the rate of methods without a
+search.
 """
 
 import dataclasses
@@ -55,6 +56,8 @@ def main(options: Options) -> None:
     head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
     before = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
     assert isinstance(before, dict)
+    for model, methods in found.items():
+        methods |= {name: rate for name, rate in before.get(model, {}).items() if name == "*"}
     write_atomically(output, ("".join(head) + OmegaConf.to_yaml({**before, **found})).encode())
     print(f"wrote {output}")
 

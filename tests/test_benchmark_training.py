@@ -274,6 +274,23 @@ def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, mon
     ]
 
 
+def test_a_sharded_run_of_losses_is_not_taken_for_a_whole_one(tmp_path):
+    options = scaling.Options(parts=["losses"], output=str(tmp_path), work=str(tmp_path))
+
+    def names():
+        return [m.name for m in scaling.Bench(options, True).plan()]
+
+    everything = ["losses-split", "losses-sharded-x4", "losses-x1", "losses-x2", "losses-x4"]
+    assert names() == everything
+    (plan,) = (m for m in scaling.Bench(options, True).plan() if m.name == "losses-sharded-x4")
+    settings = {
+        "overrides": ["method=matryoshka", "trainer.max_steps=300", "eval.limit=1"],
+        "smollm2": False,
+    }
+    merge_entry(tmp_path, "scaling", plan.name, {"options": settings, "processes": plan.cards})
+    assert names() == [name for name in everything if name != plan.name]
+
+
 def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
     """A launcher's processes have sessions of their own, so its end alone would leave them."""
     options = scaling.Options(output=str(tmp_path), work=str(tmp_path), seconds=60, limit=2)
@@ -332,20 +349,23 @@ def test_scaling_refuses_what_is_not_there(tmp_path, monkeypatch, asked):
 
 
 def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsys):
-    """1e9 trainable parameters: 4 GB, of which 4 GPUs move 6 GB over each link in 0.06 s."""
+    """1e9 trainable parameters: 4 GB, of which 4 GPUs move 6 GB over each link in 0.06 s.
+
+    What a shape with a smaller gradient takes longer on 4 says nothing about the link.
+    """
     monkeypatch.setattr(
         projection, "gsm8k_lengths", lambda n: np.full((n, 2), 50), raising=True
     )  # 3 epochs of 7473 records are 2,241,900 tokens
     where = {"git": None, "versions": {"torch": "2"}, "device": {"name": "A"}}
 
-    def trained(n, step, gib, base=8e9):
+    def trained(n, step, gib, base=8e9, trainable=1e9):
         system = {
             "tokens_per_second": n * 5000 / step,
             "steps": 10,
             "seconds": 10 * step,
             "peak_gib": gib,
         }
-        counts = {"trainable": int(1e9), "parameters": int(base + 1e9)}
+        counts = {"trainable": int(trainable), "parameters": int(base + trainable)}
         return {"processes": n, "systems": {"matryoshka": system}} | counts | where
 
     swept = {"points": "9", "answers_per_second": 1.0, "seconds": 240.0} | where
@@ -354,6 +374,8 @@ def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsy
             "big-r8 on A": trained(1, 0.30, 40.0),
             "big-r8-x4 on A": trained(4, 0.36, 40.0),
             "big-r8-sharded-x4 on A": trained(4, 0.50, 30.0),
+            "big-r1 on A": trained(1, 0.30, 40.0, trainable=1e8),
+            "big-r1-x4 on A": trained(4, 0.40, 40.0, trainable=1e8),
         },
         "sweep": {
             "big-r8-3shot-9 on A": swept,
@@ -386,6 +408,7 @@ def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsy
         f"{sweep:.1f}",
         f"{sweep / (sweep + training):.0%}",
     ]
+    assert [row[4:6] for row in rows if row[0] == "big-r1"][0] == ["0.307", "0.007"]
     # Gathers are 2 * 7/8 * 16 GB at 100 GB/s: less than the step of 4; over 10 GB/s they are more.
     sharded = [row for row in rows if row[0] == "big-r8-sharded"]
     assert [row[4:7] for row in sharded] == [
