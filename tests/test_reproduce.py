@@ -425,14 +425,14 @@ def test_rows_share_trainings_and_go_on_beyond_the_end_of_their_rates(
     assert main(arguments) == 0 and ran == []
     # At the default 3 epochs, of the first row with the method and R.
     monkeypatch.setattr(rates, "CONFIGS", tmp_path)
-    (written := tmp_path / "rates.yaml").write_text(
-        "# kept\nother: {'*': 0.1}\ntiny: {sora: {1: 0.2}, '*': 0.3}\n"
-    )
-    rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
-    assert written.read_text() == (
-        "# kept\nother:\n  '*': 0.1\n"
-        "tiny:\n  lora:\n    1: 0.00025\n  matryoshka:\n    4: 0.00025\n  '*': 0.3\n"
-    )
+    written = tmp_path / "rates.yaml"
+    for tiny, fallback in (("", ""), ("tiny: {sora: {1: 0.2}, '*': 0.3}\n", "  '*': 0.3\n")):
+        written.write_text(f"# kept\nother: {{'*': 0.1}}\n{tiny}")
+        rates.main(rates.Options(str(tmp_path / "out" / "records"), str(written)))
+        assert written.read_text() == (
+            "# kept\nother:\n  '*': 0.1\n"
+            f"tiny:\n  lora:\n    1: 0.00025\n  matryoshka:\n    4: 0.00025\n{fallback}"
+        )
     for other, message in (
         ("rows=won", "rows=won is unknown.*did you mean one"),
         ("methods=lora", "methods= is of a grid; give rows="),
