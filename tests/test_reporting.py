@@ -22,7 +22,7 @@ from matryoshka_lora.reporting import (
 )
 from matryoshka_lora.reporting.differences import differences, references
 from matryoshka_lora.reporting.frame import tidy_frame
-from matryoshka_lora.reporting.plots import _drawn, _figure
+from matryoshka_lora.reporting.plots import _drawn, _figure, _style
 from matryoshka_lora.runs.record import Record, read_record, write_record
 
 ROOT = Path(__file__).parent.parent
@@ -450,6 +450,24 @@ def test_lines_that_coincide_are_drawn_once():
     (table,) = rank_tables([record(rows)])
     assert [r.same_as for r in table.rows] == [None, "prefix", None]
     assert [rules for _, rules in _drawn(table)] == [["prefix", "trained"], ["svd"]]
+
+
+def test_no_two_rows_of_a_table_look_alike():
+    """LoRA, and two methods with three variants each, of which four have no style of their own."""
+    runs = [
+        record(curve([0.1, 0.2, value]), settings=settings)
+        for value, settings in (
+            (0.29, config("lora")),
+            (0.30, config("dylora", method__draw="step")),
+            (0.31, config("dylora", method__draw="sample")),
+            (0.32, config("dylora", method__draw="micro_batch")),
+            (0.33, config("matryoshka", adapter__init="lora")),
+            (0.34, config("matryoshka", adapter__init="paper")),
+            (0.35, config("matryoshka", adapter__scaling="sqrt")),
+        )
+    ]
+    (table,) = rank_tables([dataclasses.replace(run, name=f"{n}") for n, run in enumerate(runs)])
+    assert len({_style(table, row) for row in table.rows}) == len(table.rows) == 7
 
 
 def test_regeneration_is_byte_identical(grid, tmp_path):

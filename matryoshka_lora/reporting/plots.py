@@ -259,15 +259,15 @@ def _opacity(table: RankTable, curve: Curve) -> float:
 
 def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
     """Colour and marker of a method; variants of one method in a table get the spare ones."""
-    labels = [
-        row.method
-        for row in table.rows
-        if row.method_name == curve.method_name and row.kind == "curve"
-    ]
-    own = method_style(curve.method_name)
-    if own is not None and curve.method == labels[0]:
+    names = {
+        (row.method, row.scaling): row.method_name for row in table.rows if row.kind == "curve"
+    }
+    first = {name: variant for variant, name in reversed(names.items())}
+    variant, own = (curve.method, curve.scaling), method_style(curve.method_name)
+    if own is not None and first[curve.method_name] == variant:
         return own
-    methods = list(dict.fromkeys(row.method for row in table.rows if row.kind == "curve"))
-    variants = len(set(labels)) - (own is not None)
-    styles = _SPARE_STYLES if variants <= len(_SPARE_STYLES) else _MANY_STYLES
-    return styles[methods.index(curve.method) % len(styles)]
+    others = [
+        other for other, name in names.items() if first[name] != other or method_style(name) is None
+    ]
+    styles = _SPARE_STYLES if len(others) <= len(_SPARE_STYLES) else _MANY_STYLES
+    return styles[others.index(variant) % len(styles)]
