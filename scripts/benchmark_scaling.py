@@ -240,7 +240,9 @@ class Bench:
                 arguments += [f"data_path={self.options.data_path}"]
         arguments += ["baseline=false", f"output={self.output}"]
         settings = settings_of(parse_options(benchmark_sweep.Options, arguments))
-        if self.is_measured("sweep", settings, count):
+        # The options of a sweep of the run do not say which run it was.
+        of_other_run = sweep == RUN and self._losses(ALONE, 1) is not None
+        if not of_other_run and self.is_measured("sweep", settings, count):
             return None
         name = f"sweep of {sweep} on {count}"
 

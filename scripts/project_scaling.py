@@ -2,20 +2,23 @@
 
     python scripts/project_scaling.py [folder=results/benchmarks/scaling]
 
-A step on n GPUs, 32 samples on each, by what was measured on one and on m, the most:
+A step on n GPUs, 32 samples on each, from what was measured on one GPU and on m, the largest number
+measured:
 
 - All-reduce: the adapter's gradient in float32, 4 bytes a trainable parameter, of which a ring
   moves 2 (n - 1) / n times as much over each GPU's link. The link's bandwidth is what explains that
   the step of m is longer than that of one with as many tokens, of the shape that sends most: all
-  that differs counts as communication.
+  that differs counts as communication. Other shapes give other bandwidths.
 - Whole base: the step of one GPU and the all-reduce.
 - Sharded base: each GPU gathers (n - 1) / n of the base twice, for the forward and the backward
-  pass, while it computes. The step is that of m, or the gathers where they take longer, and what
-  the all-reduce takes more than on m.
+  pass, while it computes. The step is that of m without its all-reduce, or the gathers where they
+  take longer, and the all-reduce.
 - Several hosts of 8 GPUs: all of this at the network's bandwidth into a host, where that is less.
 - Memory: the measured peak; of a sharded base, a smaller part is held.
-- Sweep: that of one GPU, 9 ranks of GSM8K 3-shot, by n and the lowest efficiency of a sweep on m.
-  Its share is that of one sweep in it and three epochs, both without starts.
+- Sweep of a whole base: 9 ranks of GSM8K 3-shot, (s - T) / n + T seconds, where s is one GPU's
+  time (another card's where this one has none) and T what explains the time on m; the largest T
+  of the sweeps counts.
+  Its share is that in one sweep and three epochs together, both without starts.
 
 Writes `<folder>/projection.md`.
 """
@@ -128,22 +131,22 @@ def whole(one: Measured, n: int, bandwidth: float) -> Step:
 def sharded(most: Measured, n: int, bandwidth: float, bandwidth_of_most: float) -> Step:
     """The step on n GPUs that share the base, by one on fewer."""
     m = most.processes
-    all_reduce = most.all_reduce_bytes(n) / bandwidth
-    gathers = most.gather_bytes(n) / bandwidth
-    more = all_reduce - most.all_reduce_bytes(m) / bandwidth_of_most
+    computed = most.step - most.all_reduce_bytes(m) / bandwidth_of_most
+    all_reduce, gathers = most.all_reduce_bytes(n) / bandwidth, most.gather_bytes(n) / bandwidth
     peak = most.peak - BASE_BYTES * most.base * (1 / m - 1 / n)
-    return Step(max(most.step, gathers) + max(more, 0.0), all_reduce, gathers, peak)
+    return Step(max(computed, gathers) + all_reduce, all_reduce, gathers, peak)
 
 
 def rows_of(
     shapes: Mapping[str, Mapping[int, Measured]],
     sweeps: Mapping[str, float],
-    sweep_efficiency: float | None,
+    not_shared: float | None,
     options: Options,
 ) -> Iterator[dict[str, str]]:
     """A row for each shape, number of GPUs and network.
 
-    shapes: name -> processes -> what was measured. sweeps: model -> seconds on one GPU.
+    shapes: name -> processes -> what was measured. sweeps: name -> seconds on one GPU. not_shared:
+    seconds of a sweep that more GPUs do not shorten.
     """
     link = bandwidth_of(shapes)
     if link is None:
@@ -155,7 +158,7 @@ def rows_of(
             continue
         reference = by_count.get(1, most)
         base = most if is_sharded else reference
-        sweep_of_one = sweeps.get(name.partition("-")[0])
+        sweep_of_one = sweeps.get(name.removesuffix(SHARDED))
         for n in options.gpus:
             for network in options.networks if n > HOST else [math.inf]:
                 bandwidth = min(link, network * GIGA)
@@ -166,8 +169,8 @@ def rows_of(
                 one = reference.tokens / reference.processes / reference.step
                 training = EPOCHS * gsm8k_lengths(RECORDS).sum() / speed
                 sweep = None
-                if sweep_of_one is not None and sweep_efficiency is not None:
-                    sweep = sweep_of_one / (n * sweep_efficiency)
+                if sweep_of_one is not None and not_shared is not None:
+                    sweep = (sweep_of_one - not_shared) / n + not_shared
                 yield {
                     "shape": name,
                     "GPUs": str(n),
@@ -186,7 +189,7 @@ def rows_of(
 
 
 def read(options: Options) -> tuple[dict[str, dict[int, Measured]], dict[str, float], float | None]:
-    """The shapes, sweeps and efficiency of a sweep that `rows_of` takes.
+    """The shapes, sweeps and seconds that are not shared, as `rows_of` takes them.
 
     Of one card, the one with the most entries.
     """
@@ -205,24 +208,24 @@ def read(options: Options) -> tuple[dict[str, dict[int, Measured]], dict[str, fl
         if shape.endswith(SHARDED) and (one := shapes.get(shape.removesuffix(SHARDED), {}).get(1)):
             by_count[1] = one
     swept = read_entries(Path(options.folder), "sweep")
-    rates: dict[str, dict[int, float]] = {}
+    times: dict[str, dict[int, float]] = {}
     for key, entry in swept.items():
         name, _, on = key.partition(" on ")
         if on == card:
             n = entry.get("processes", 1)
-            rates.setdefault(split_key(name)[0], {})[n] = entry["answers_per_second"]
-    efficiencies = [
-        rate[max(rate)] / (max(rate) * rate[1])
-        for rate in rates.values()
-        if 1 in rate and len(rate) > 1
+            times.setdefault(split_key(name)[0], {})[n] = entry["seconds"]
+    not_shared = [
+        max((m * by_count[m] - by_count[1]) / (m - 1), 0.0)
+        for by_count in times.values()
+        if 1 in by_count and (m := max(by_count)) > 1
     ]
     others = read_entries(Path(options.sweeps), "sweep").items()
     sweeps = {
-        key.partition("-")[0]: entry["seconds"]
+        key.partition("-3shot-")[0]: entry["seconds"]
         for key, entry in sorted([*others, *swept.items()], key=lambda item: card in item[0])
         if "-3shot-" in key and entry.get("processes", 1) == 1 and "of the" not in entry["points"]
     }
-    return shapes, sweeps, min(efficiencies, default=None)
+    return shapes, sweeps, max(not_shared, default=None)
 
 
 def main(options: Options) -> None:

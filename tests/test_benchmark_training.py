@@ -29,6 +29,7 @@ from matryoshka_lora.runs.provenance import environment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_scaling as scaling  # noqa: E402
+import benchmark_sweep as sweep_script  # noqa: E402
 import benchmark_training as script  # noqa: E402
 import project_scaling as projection  # noqa: E402
 
@@ -274,6 +275,26 @@ def test_what_is_there_with_the_same_options_is_not_measured_again(tmp_path, mon
     ]
 
 
+def test_the_sweep_of_an_older_run_is_not_taken_for_that_of_a_new_one(tmp_path):
+    given = {"gpus": [1], "parts": ["losses", "sweep"], "sweeps": ["run"]}
+    options = scaling.Options(**given, output=str(tmp_path), work=str(tmp_path))
+
+    def names(**changed):
+        return sorted(m.name for m in scaling.Bench(replace(options, **changed), False).plan())
+
+    everything = ["losses-split", "losses-x1", "sweep of run on 1"]
+    assert names() == everything
+    swept = sweep_script.Options(tasks=["arithmetic_word_problems:0"], baseline=False)
+    merge_entry(tmp_path, "sweep", "x", {"options": settings_of(swept), "processes": 1})
+    assert names() == everything
+    trained = {"overrides": scaling.Bench(options, False)._overrides(300), "smollm2": False}
+    trained["overrides"] += ["eval.limit=1"]
+    merge_entry(tmp_path, "scaling", "losses-x1", {"options": trained, "processes": 1})
+    (tmp_path / "losses-x1").mkdir()
+    assert names() == ["losses-split"]
+    assert names(loss_steps=20) == everything
+
+
 def test_a_sharded_run_of_losses_is_not_taken_for_a_whole_one(tmp_path):
     options = scaling.Options(parts=["losses"], output=str(tmp_path), work=str(tmp_path))
 
@@ -379,7 +400,8 @@ def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsy
         },
         "sweep": {
             "big-r8-3shot-9 on A": swept,
-            "big-r8-3shot-9-x4 on A": swept | {"answers_per_second": 3.2, "processes": 4},
+            "big-r8-3shot-9-x4 on A": swept | {"seconds": 75.0, "processes": 4},
+            "big-r2-3shot-9 on A": swept | {"seconds": 9.0},
         },
     }
     for name, found in entries.items():
@@ -399,7 +421,8 @@ def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsy
         ["10", "1.087", "0.787"],
     ]
     speed = 8 * 5000 / 0.37
-    training, sweep = 2_241_900 / speed, 240 / (8 * 0.8)
+    # Of the sweep 20 s are not shared: 220 / 4 + 20 is 75.
+    training, sweep = 2_241_900 / speed, 220 / 8 + 20
     assert whole[0][3:] == [
         f"{speed:,.0f}",
         f"{0.3 / 0.37:.2f} of that of 1",
@@ -414,7 +437,7 @@ def test_a_projection_is_the_arithmetic_of_its_note(tmp_path, monkeypatch, capsy
     assert [row[4:7] for row in sharded] == [
         [f"{0.5 + 0.01:.3f}", "0.070", "0.280"],
         [f"{0.5 + 0.01875:.3f}", "0.079", "0.315"],
-        [f"{3.15 + 0.7275:.3f}", "0.787", "3.150"],
+        [f"{3.15 + 0.7875:.3f}", "0.787", "3.150"],
     ]
     held = 30 - 16e9 * (1 / 4 - 1 / 8) / 2**30
     assert sharded[0][9] == f"{held:.1f}"

@@ -453,7 +453,7 @@ def test_lines_that_coincide_are_drawn_once():
 
 
 def test_no_two_rows_of_a_table_look_alike():
-    """LoRA, and two methods with three variants each, of which four have no style of their own."""
+    """LoRA and two methods with variants, of which five have no style of their own."""
     runs = [
         record(curve([0.1, 0.2, value]), settings=settings)
         for value, settings in (
@@ -464,10 +464,11 @@ def test_no_two_rows_of_a_table_look_alike():
             (0.33, config("matryoshka", adapter__init="lora")),
             (0.34, config("matryoshka", adapter__init="paper")),
             (0.35, config("matryoshka", adapter__scaling="sqrt")),
+            (0.36, config("matryoshka", trainer__epochs=6.0)),
         )
     ]
     (table,) = rank_tables([dataclasses.replace(run, name=f"{n}") for n, run in enumerate(runs)])
-    assert len({_style(table, row) for row in table.rows}) == len(table.rows) == 7
+    assert len({_style(table, row) for row in table.rows}) == len(table.rows) == 8
 
 
 def test_regeneration_is_byte_identical(grid, tmp_path):

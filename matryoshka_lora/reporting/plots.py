@@ -18,8 +18,9 @@ from matryoshka_lora.reporting.names import method_style, rule_place
 # For methods without a style of their own, and for further variants of a method in one table; of
 # Okabe and Ito's palette, told apart by all common kinds of colour vision.
 _SPARE_STYLES = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#999999", "X"))
-# For tables of many variants, which no palette tells apart without markers: 7 x 10 pairs.
-_MANY_STYLES = tuple((f"C{n % 10}", "os^vDPX"[n % 7]) for n in range(70))
+# For tables of many variants, which no palette tells apart without markers: 7 x 10 pairs. Those
+# that come first must not look like a method's own.
+_MANY_STYLES = tuple((f"C{n % 10}", "^vDPXos"[n % 7]) for n in range(70))
 # By the order of the rules.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -258,16 +259,19 @@ def _opacity(table: RankTable, curve: Curve) -> float:
 
 
 def _style(table: RankTable, curve: Curve) -> tuple[str, str]:
-    """Colour and marker of a method; variants of one method in a table get the spare ones."""
-    names = {
-        (row.method, row.scaling): row.method_name for row in table.rows if row.kind == "curve"
-    }
-    first = {name: variant for variant, name in reversed(names.items())}
-    variant, own = (curve.method, curve.scaling), method_style(curve.method_name)
+    """Colour and marker. The first variant of a method has the method's own, the others spare ones.
+
+    A variant is what has a label, a scaling and epochs of its own.
+    """
+    variants = list(dict.fromkeys(_variant(row) for row in table.rows if row.kind == "curve"))
+    first = {each[0]: each for each in reversed(variants)}
+    variant, own = _variant(curve), method_style(curve.method_name)
     if own is not None and first[curve.method_name] == variant:
         return own
-    others = [
-        other for other, name in names.items() if first[name] != other or method_style(name) is None
-    ]
+    others = [each for each in variants if each != first[each[0]] or method_style(each[0]) is None]
     styles = _SPARE_STYLES if len(others) <= len(_SPARE_STYLES) else _MANY_STYLES
     return styles[others.index(variant) % len(styles)]
+
+
+def _variant(curve: Curve) -> tuple[Any, ...]:
+    return curve.method_name, curve.method, curve.scaling, curve.epochs
