@@ -17,8 +17,8 @@ measured:
 - Memory: the measured peak; of a sharded base, a smaller part is held.
 - Sweep of a whole base: 9 ranks of GSM8K 3-shot, (s - T) / n + T seconds, where s is one GPU's
   time (another card's where this one has none) and T what explains the time on m; the largest T
-  of the sweeps counts.
-  Its share is that in one sweep and three epochs together, both without starts.
+  of the sweeps counts. Its share is that in one sweep and three epochs together, both without
+  starts.
 
 Writes `<folder>/projection.md`.
 """
