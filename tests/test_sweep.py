@@ -28,7 +28,7 @@ from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, prefetch
+from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, SWITCH_SECONDS, prefetch
 from matryoshka_lora.evaluation.readings import Plan, plan_points
 from matryoshka_lora.evaluation.rows import Row, decode_scores
 from matryoshka_lora.evaluation.samples import Samples, samples_path
@@ -694,12 +694,13 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
 
 
 def test_items_are_prefetched_and_end_closed() -> None:
-    closed, made = [], []
+    closed, made, intervals = [], [], {sys.getswitchinterval()}
 
     def items(count, error=None):
         try:
             for number in range(count):
                 made.append(number)
+                intervals.add(sys.getswitchinterval())
                 yield number
             if error is not None:
                 raise error
@@ -716,6 +717,9 @@ def test_items_are_prefetched_and_end_closed() -> None:
     # Neither endless nor in the thread that takes them.
     assert len(made) <= MAX_PREFETCHED + 5 and len(closed) == 3
     assert threading.main_thread() not in closed
+    # Threads take turns more often meanwhile.
+    assert min(intervals) == pytest.approx(SWITCH_SECONDS) and len(intervals) == 2
+    assert sys.getswitchinterval() == max(intervals)
 
 
 def test_answers_are_scored_in_the_main_thread(

@@ -1,9 +1,10 @@
 """An engine's answers, made in a thread of their own while the caller scores earlier ones."""
 
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from queue import Full, Queue
 from typing import TypeVar
 
@@ -13,6 +14,10 @@ from matryoshka_lora.evaluation.engines.protocol import Engine, Outputs, Point, 
 
 MAX_PREFETCHED = 4096
 """Answers of an engine that may wait to be scored."""
+SWITCH_SECONDS = 1e-4
+"""After which Python lets another thread run that waits. By default 5 ms, which the engine would
+wait after each call that releases the interpreter (copies, graph launches) while the caller
+scores: longer than a decode step of a small model."""
 
 T = TypeVar("T")
 
@@ -64,7 +69,7 @@ def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
         finally:
             hand_over(_End())
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with frequent_switches(), ThreadPoolExecutor(max_workers=1) as thread:
         working = thread.submit(work)
         try:
             while not isinstance(item := made.get(), _End):
@@ -72,3 +77,14 @@ def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
         finally:
             closed.set()
         working.result()  # raises what `items` raised
+
+
+@contextmanager
+def frequent_switches() -> Iterator[None]:
+    """Threads of this process take turns every SWITCH_SECONDS, for a block."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -14,6 +14,8 @@ from matryoshka_lora.evaluation.engines.batched.factors import ComputeFactors
 from matryoshka_lora.evaluation.engines.batched.kv_cache import KVCache, kv_shapes
 from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 
+MIN_CAPTURED_ROWS = 64
+
 
 class ModelRunner:
     """Runs the model with the diagonals of a table and the factors narrowed to what they read.
@@ -47,7 +49,7 @@ class ModelRunner:
         """(used rows, steps): the next tokens of all answers."""
         n, cache = state.used, state.cache
         longest = int((state.context[:n] + state.launched[:n]).max())
-        rows = n if state.graphs is None else min(round_up(n), cache.rows)
+        rows = n if state.graphs is None else captured_rows(n, cache.rows)
         cache.start_decoding(rows)
         rank = self.table.rank(state.point[:n])
         self.factors.narrow(rank)
@@ -104,7 +106,13 @@ class ModelRunner:
         ).logits[0]
 
 
-def round_up(rows: int) -> int:
-    """To one of two numbers an octave, at least 16: how many rows a captured decode step has."""
-    unit = max(1 << max(rows.bit_length() - 2, 0), 16)
-    return -(-rows // unit) * unit
+def captured_rows(used: int, most: int) -> int:
+    """How many rows a captured decode step has: `most`, or a half, a quarter, ... of it.
+
+    Few numbers, as each has graphs of its own, and a capture takes as long as several steps. Below
+    MIN_CAPTURED_ROWS a step takes as long with fewer.
+    """
+    rows = most
+    while (half := -(-rows // 2)) >= max(used, MIN_CAPTURED_ROWS):
+        rows = half
+    return rows
