@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,16 +23,14 @@ from matryoshka_lora.core.adapter import adapter_layers, at_rank
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.rules import AdapterView
 from matryoshka_lora.core.spec import AdapterSpec
-from matryoshka_lora.evaluation import sweep as sweep_module
 from matryoshka_lora.evaluation.definitions import OWN_TASKS
 from matryoshka_lora.evaluation.engines.hf import HFEngine, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Output, Point, Request
-from matryoshka_lora.evaluation.prefetch import MAX_PREFETCHED, SWITCH_SECONDS, prefetch
 from matryoshka_lora.evaluation.readings import Plan, plan_points
 from matryoshka_lora.evaluation.rows import Row, decode_scores
 from matryoshka_lora.evaluation.samples import Samples, samples_path
 from matryoshka_lora.evaluation.sweep import run_sweep
-from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
+from matryoshka_lora.evaluation.tasks import load_tasks
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 RULES = ("prefix", "trained", "svd")
@@ -691,52 +688,3 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
     for process in (0, 1):
         answered = result("lockstep-first", process)["answered"]
         assert len(answered) == len(alone.answered)
-
-
-def test_items_are_prefetched_and_end_closed() -> None:
-    closed, made, intervals = [], [], {sys.getswitchinterval()}
-
-    def items(count, error=None):
-        try:
-            for number in range(count):
-                made.append(number)
-                intervals.add(sys.getswitchinterval())
-                yield number
-            if error is not None:
-                raise error
-        finally:
-            closed.append(threading.current_thread())
-
-    assert list(prefetch(items(20_000))) == list(range(20_000))
-    with pytest.raises(OSError, match="device fell off"):
-        list(prefetch(items(3, OSError("device fell off"))))
-    made.clear()
-    some = prefetch(items(10**9))
-    assert [next(some) for _ in range(3)] == [0, 1, 2]
-    some.close()
-    # Neither endless nor in the thread that takes them.
-    assert len(made) <= MAX_PREFETCHED + 5 and len(closed) == 3
-    assert threading.main_thread() not in closed
-    # Threads take turns more often meanwhile.
-    assert min(intervals) == pytest.approx(SWITCH_SECONDS) and len(intervals) == 2
-    assert sys.getswitchinterval() == max(intervals)
-
-
-def test_answers_are_scored_in_the_main_thread(
-    data: Path, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Graders of the harness set alarms, which other threads cannot."""
-    threads = []
-    original = EvalTask.score
-
-    def score(self, *args):
-        threads.append(threading.current_thread())
-        return original(self, *args)
-
-    monkeypatch.setattr(EvalTask, "score", score)
-    # As with a GPU.
-    monkeypatch.setattr(
-        sweep_module, "answers_of", lambda engine, *jobs: prefetch(engine.run(*jobs))
-    )
-    sweep(data, tmp_path, FakeEngine(), plan, limit=2)
-    assert threads and set(threads) == {threading.main_thread()}

@@ -26,7 +26,6 @@ from matryoshka_lora.core.adapter import use_factors
 from matryoshka_lora.core.rules import FACTOR_SETS
 from matryoshka_lora.evaluation.engines.hf import evaluation_mode, harness_lm
 from matryoshka_lora.evaluation.engines.protocol import Engine, Output, Point, Request
-from matryoshka_lora.evaluation.prefetch import answers_of
 from matryoshka_lora.evaluation.readings import Plan
 from matryoshka_lora.evaluation.rows import Row, Score, group_rows, task_rows
 from matryoshka_lora.evaluation.samples import Samples
@@ -224,7 +223,7 @@ def _answer(
     # Whole units, so that requests that share a context stay together.
     shares = None if parts is None else (range(first[p.start], first[p.stop]) for p in parts)
     waiting: dict[int, dict[int, Output]] = {}
-    with closing(answers_of(engine, jobs, shares)) as answers:
+    with closing(engine.run(jobs, shares)) as answers:
         for index, output in answers:
             number = unit_of[index]
             arrived = waiting.setdefault(number, {})

@@ -30,71 +30,73 @@ class Prefill:
     ) -> None:
         """requests: those of the jobs."""
         ids: list[tuple[int, ...]] = []
+        targets: list[tuple[int, ...]] = []
         keys: list[range] = []
-        lengths_q, lengths_k, offsets, starts, sizes = [], [], [], [], []
-        kept: list[int] = []
-        predictors: list[int] = []
-        targets: list[int] = []
+        positions: list[range] = []
+        kept: list[range] = []
+        predictors: list[range] = []
+        lengths_q, lengths_k, starts, sizes = [], [], [], []
         context_ends: list[int] = []
-        end = 0
+        end = kept_end = 0
         shared = False
         for g in groups:
-            start, context, context_end = end, len(g.context), len(kept)
+            start, context = end, len(g.context)
             starts.append(start)
-            context_ends.append(context_end)
             own_targets = [requests[job].target for job in g.scored]
             document = context + len(own_targets[0]) - 1 if len(own_targets) == 1 else context
             ids.append(g.context)
             end += context
-            kept.append(end - 1)
+            context_end = kept_end
+            context_ends.append(context_end)
+            kept.append(range(end - 1, end))
+            kept_end += 1
             keys.append(range(start, start + document))
+            positions.append(range(document))
             lengths_q.append(document)
             lengths_k.append(document)
-            offsets.append(0)
             for target in own_targets:
                 read = range(end, end + len(target) - 1)
                 ids.append(target[:-1])
                 end = read.stop
-                predictors += [context_end, *range(len(kept), len(kept) + len(read))]
-                kept += read
-                targets += target
+                predictors += [
+                    range(context_end, context_end + 1),
+                    range(kept_end, kept_end + len(read)),
+                ]
+                kept.append(read)
+                kept_end += len(read)
+                targets.append(target)
                 if len(own_targets) > 1 and read:
                     shared = True
                     keys += [range(start, start + context), read]
+                    positions.append(range(context, context + len(read)))
                     lengths_q.append(len(read))
                     lengths_k.append(context + len(read))
-                    offsets.append(context)
             sizes.append(end - start)
         self._scored = [(job, len(requests[job].target)) for g in groups for job in g.scored]
         """Jobs and the lengths of their targets, in the order of `targets`."""
         self._contexts = [(start, len(g.context)) for start, g in zip(starts, groups, strict=True)]
-        self.ids = torch.from_numpy(np.concatenate([np.array(x, dtype=np.int64) for x in ids]))
-        self.ids = to_device(self.ids[None], device)
+        self.ids = joined(ids, device)[None]
         self.points = to_device(
             torch.repeat_interleave(torch.tensor([g.point for g in groups]), torch.tensor(sizes)),
             device,
         )
         """Index of the point, of each token."""
-        positions = np.concatenate(
-            [np.arange(o, o + n) for o, n in zip(offsets, lengths_q, strict=True)]
-        )
         self.inputs: dict[str, Any] = {
-            "position_ids": to_device(torch.from_numpy(positions)[None], device),
+            "position_ids": joined(positions, device)[None],
             "cu_seq_lens_q": document_bounds(lengths_q, device),
             "cu_seq_lens_k": document_bounds(lengths_k, device),
             "max_length_q": max(lengths_q),
             "max_length_k": max(lengths_k),
         }
         if shared:
-            index = np.concatenate([np.arange(r.start, r.stop) for r in keys])
-            self.inputs["kv_index"] = to_device(torch.from_numpy(index), device)
-        self.kept = to_device(torch.tensor(kept), device)
+            self.inputs["kv_index"] = joined(keys, device)
+        self.kept = joined(kept, device)
         """Tokens that predict something, whose logits are computed."""
         self.context_ends = to_device(torch.tensor(context_ends), device)
         """Per group, which of the kept tokens predicts what follows the context."""
-        self.predictors = to_device(torch.tensor(predictors), device)
+        self.predictors = joined(predictors, device)
         """Per target token, which of the kept tokens predicts it."""
-        self.targets = to_device(torch.tensor(targets), device)
+        self.targets = joined(targets, device)
 
     def contexts(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, Tensor]:
         """The contexts' tokens (None: all tokens), and the row and position where each is cached.
@@ -134,6 +136,15 @@ class Prefill:
             return answers
 
         return read
+
+
+def joined(parts: Sequence[range] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """(n,): all numbers of all parts. A list of them all would take several times as long."""
+    arrays = [
+        np.arange(x.start, x.stop) if isinstance(x, range) else np.array(x, dtype=np.int64)
+        for x in parts
+    ]
+    return to_device(torch.from_numpy(np.concatenate(arrays or [np.zeros(0, np.int64)])), device)
 
 
 def document_bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
