@@ -2,22 +2,25 @@
 
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from datetime import timedelta
+from itertools import count
+from typing import TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
-    broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
 )
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -33,6 +36,12 @@ T = TypeVar("T")
 
 LEAVE_SECONDS = 1.0
 """That a process which its launcher ends stays for the others to see it."""
+MAIN_TIME = timedelta(hours=6)
+"""That the others wait for what the main process alone does, such as hashing a base of 140 GB. In a
+collective they would give up after 10 minutes."""
+
+_calls = count()
+"""Of `on_main`; all processes make the same ones."""
 
 
 def make_accelerator() -> Accelerator:
@@ -115,11 +124,21 @@ def _living_processes() -> set[int]:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, which alone calls it, on every process."""
-    value: list[Any] = [function() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(value)
-    return value[0]
+    """What `function` returns on the main process, which alone calls it, on every process.
+
+    It is pickled, to 8 MiB at most.
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    # The store that the processes have met at.
+    store = PrefixStore("on_main", torch.distributed.distributed_c10d._get_default_store())
+    key = str(next(_calls))
+    if accelerator.is_main_process:
+        value = function()
+        store.set(key, pickle.dumps(value))  # type: ignore[arg-type]
+        return value
+    store.wait([key], MAIN_TIME)
+    return pickle.loads(store.get(key))
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -203,6 +203,32 @@ def all_print_equal(tmp_path, program, processes=2):
     assert done.stdout.count("equal") == processes
 
 
+SLOW_MAIN = """
+import sys, time
+from datetime import timedelta
+import torch
+from matryoshka_lora.processes import make_accelerator, on_main
+
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=0.5))
+accelerator = make_accelerator()
+called = []
+
+def slow(value):
+    called.append(value)
+    time.sleep(1.5)
+    return value
+
+assert [on_main(accelerator, lambda: slow(value)) for value in ("a", {"b": 2})] == ["a", {"b": 2}]
+assert len(called) == 2 * accelerator.is_main_process
+print("equal")
+"""
+
+
+def test_processes_wait_for_the_main_one_longer_than_for_a_collective(tmp_path):
+    """It may hash a base of 140 GB."""
+    all_print_equal(tmp_path, SLOW_MAIN)
+
+
 SHARDED = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
