@@ -53,16 +53,26 @@ from transformers import (
 )
 
 from matryoshka_lora.cli import as_arguments, option, run_script
-from matryoshka_lora.config import LLAMA_TARGETS, Config, adapter_spec_of, build_method, validate
+from matryoshka_lora.config import (
+    LLAMA_TARGETS,
+    Config,
+    TrainerConfig,
+    adapter_spec_of,
+    build_method,
+    validate,
+)
 from matryoshka_lora.core.adapter import adapter_parameters, add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.data.examples import Example
+from matryoshka_lora.data.loss import packed_batch
 from matryoshka_lora.methods import TRAINED
 from matryoshka_lora.models import DTYPES, load_model
 from matryoshka_lora.ops.attention import PACKED
+from matryoshka_lora.ops.graphs import Function, Graphs
 from matryoshka_lora.processes import build_adapted_model, make_accelerator
+from matryoshka_lora.training.forwards import LABELS_MULTIPLE, TOKENS_MULTIPLE
 from matryoshka_lora.training.loop import fit, peak_gib, reset_peak
-from matryoshka_lora.training.plan import batch_ids
+from matryoshka_lora.training.plan import batch_ids, split_into_forwards
 
 logger = logging.getLogger("matryoshka_lora.benchmark")
 
@@ -114,7 +124,11 @@ class Options:
     steps: int | None = option(
         None, "so many instead of `seconds` and `others`; several processes need it"
     )
-    warmup: int = option(10, "steps left out at the beginning; of a baseline 5 at most")
+    warmup: int = option(
+        10,
+        "steps left out at the beginning; of a baseline 5 at most; with `steps` as many more as "
+        "leave no CUDA graph to capture in those",
+    )
     compile: bool = option(True, "trainer.compile, where there is a GPU")
     cuda_graphs: bool = option(False, "trainer.cuda_graphs, where there is a GPU")
     sharded: bool = option(False, "the base over the processes, as configs/accelerate/fsdp.yaml")
@@ -162,6 +176,7 @@ class Clock:
         steps, spent = queued - self.first, now - self.started
         return {
             "tokens_per_second": sum(self.tokens[self.first : queued]) / spent,
+            "warmup": self.first,
             "steps": steps,
             "seconds": spent,
             "start_seconds": self.started - self.began - self.first * spent / steps,
@@ -305,6 +320,45 @@ def ids_of(step: int, processes: int = 1) -> np.ndarray:
     return batch_ids(SEED, step, SAMPLES, EFFECTIVE_BATCH * processes)
 
 
+def first_without_captures(
+    examples: Sequence[Example],
+    batches: Sequence[np.ndarray],
+    trainer: TrainerConfig,
+    processes: int,
+    first: int,
+    steps: int,
+) -> int:
+    """The first step, from `first` on, from which `steps` steps capture no CUDA graph.
+
+    A process captures one for each new size of its forwards, while all others wait for it. On
+    several processes, new sizes turn up for longer. batches: the examples of each step.
+
+    Raises UserError where there are no such steps.
+    """
+    start, step = first, 0
+    round_to = (TOKENS_MULTIPLE, LABELS_MULTIPLE)
+
+    def capture(function: Function, pool: object) -> Function:
+        nonlocal start
+        start = max(start, step + 1)
+        return function
+
+    graphs = [Graphs(capture) for _ in range(processes)]
+    for step, ids in enumerate(batches):
+        batch = [examples[i] for i in ids]
+        lengths = [len(example.tokens) for example in batch]
+        for process, own in enumerate(graphs):
+            for forward in split_into_forwards(
+                lengths, process, processes, trainer.micro_batch, trainer.max_tokens
+            ):
+                samples = [batch[i] for i in forward]
+                packed = packed_batch(samples, np.zeros(1, dtype=int), round_to)
+                own(None, tuple(x.shape for x in packed.values()), lambda: torch.zeros(()))
+        if step + 1 - start >= steps:
+            return start
+    raise UserError(f"no {steps} steps in a row capture no CUDA graph; give fewer steps")
+
+
 def free() -> None:
     """Give back what the system measured before has left."""
     torch._dynamo.reset()
@@ -343,12 +397,18 @@ def measure(options: Options) -> None:
     tokens = [
         sum(len(examples[i].tokens) for i in ids_of(step, processes)) for step in range(steps)
     ]
+    warmup = options.warmup
+    if options.steps is not None and trainer.cuda_graphs:
+        batches = [ids_of(step, processes) for step in range(steps)]
+        warmup = first_without_captures(
+            *(examples, batches, trainer, processes, warmup, options.steps)
+        )
     ceiling = matmul_rate(device, DTYPES[dtype])
     logger.info("%s R=%d: matrix product %.1f TFLOP/s", name, options.rank, ceiling / 1e12)
     systems: dict[str, dict[str, Any]] = {}
     for index, system in enumerate([*options.methods, *options.baselines]):
         seconds = options.others if index else options.seconds
-        clock = Clock(device, tokens, options.warmup, seconds, options.steps)
+        clock = Clock(device, tokens, warmup, seconds, options.steps)
         try:
             if system in BASELINES:
                 clock.warmup = min(options.warmup, BASELINE_WARMUP)

@@ -21,11 +21,16 @@ from benchmark_common import (
 from conftest import ROOT, TARGETS, small_llama
 
 from matryoshka_lora.cli import exit_with_one_line, parse_options, run_script
+from matryoshka_lora.config import Config
 from matryoshka_lora.core.adapter import add_adapters
 from matryoshka_lora.core.errors import UserError
 from matryoshka_lora.core.spec import AdapterSpec
 from matryoshka_lora.data.examples import Example
+from matryoshka_lora.ops.graphs import Graphs
 from matryoshka_lora.runs.provenance import environment
+from matryoshka_lora.training import forwards
+from matryoshka_lora.training.forwards import packed_backward
+from matryoshka_lora.training.plan import split_into_forwards
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_scaling as scaling  # noqa: E402
@@ -67,11 +72,47 @@ def test_the_clock_leaves_out_the_first_steps(monkeypatch):
     assert [clock.tick(queued) for queued in (1, 2, 3)] == [None] * 3
     assert clock.tick(4) == {
         "tokens_per_second": (7 + 8) / 6,
+        "warmup": 2,
         "steps": 2,
         "seconds": 6.0,
         "start_seconds": 10.0 - 2 * 3.0,  # two steps of it are no warm-up
         "peak_gib": None,
     }
+
+
+def test_no_graph_is_captured_in_measured_steps(monkeypatch):
+    """Against what the processes' own forwards capture."""
+    processes, steps = 2, 6
+    generator = np.random.default_rng(0)
+    lengths = [2 * ids_per_label for ids_per_label in generator.integers(20, 160, 40)]
+    examples = [Example(tuple(range(n)), n // 2) for n in lengths]
+    batches = [generator.choice(40, 6, replace=False) for _ in range(60)]
+    config = Config()
+    monkeypatch.setattr(forwards, "packed_loss", lambda *rest: torch.zeros((), requires_grad=True))
+    begun, captures = [], []
+
+    def capture(function, pool):
+        captures.append(len(begun) - 1)
+        return function
+
+    model = small_llama()
+    backward = [
+        packed_backward(model, torch.ones(1, 4), config, Graphs(capture)) for _ in range(processes)
+    ]
+    for ids in batches:
+        begun.append(ids)
+        batch = [examples[i] for i in ids]
+        for process in range(processes):
+            tokens = [len(example.tokens) for example in batch]
+            for own in split_into_forwards(tokens, process, processes, None, 16384):
+                backward[process]([batch[i] for i in own], np.zeros(1, dtype=int), 1.0)
+    found = script.first_without_captures(examples, batches, config.trainer, processes, 3, steps)
+    assert captures and set(captures).isdisjoint(range(found, found + steps))
+    for earlier in range(3, found):
+        assert set(captures) & set(range(earlier, earlier + steps)), earlier
+    assert found > 3
+    with pytest.raises(UserError, match="fewer steps"):
+        script.first_without_captures(examples, batches, config.trainer, processes, 3, 60)
 
 
 def test_shapes_are_measured_into_one_record_and_table(tmp_path, monkeypatch, capsys):
