@@ -1,5 +1,6 @@
 """The processes of a run (accelerate), and a base model sharded over them (FSDP2)."""
 
+import itertools
 import logging
 import os
 import pickle
@@ -10,16 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from itertools import count
 from typing import TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    disable_fsdp_ram_efficient_loading,
-)
+from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
@@ -38,9 +35,9 @@ LEAVE_SECONDS = 1.0
 """That a process which its launcher ends stays for the others to see it."""
 MAIN_TIME = timedelta(hours=6)
 """That the others wait for what the main process alone does, such as hashing a base of 140 GB. In a
-collective they would give up after 10 minutes."""
+collective of NCCL they would give up after 10 minutes."""
 
-_calls = count()
+_calls = itertools.count()
 """Of `on_main`; all processes make the same ones."""
 
 

@@ -184,7 +184,7 @@ def write_problems(folder: Path, documents: int, vocabulary: int) -> list[int]:
             for question, answer in lengths.tolist():
                 ids = generator.integers(1, vocabulary, question - FRAME + answer)
                 words = [f"w{i}" for i in ids]
-                words[-2] = "####"  # before the result; the harness looks for it, slowly without
+                words[-2] = "####"  # as in GSM8K; lm-eval searches the whole solution for it
                 problem = {
                     "question": " ".join(words[: question - FRAME]),
                     "answer": " ".join(words[question - FRAME :]),

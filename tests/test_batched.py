@@ -278,7 +278,7 @@ def test_parts_are_taken_when_there_is_room(
 def test_replayed_steps_take_further_rows_along(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CPUs a replay calls the step again: in fixed places, for a rounded number of rows."""
+    """On CPUs a replay calls the step again: in fixed places, for all rows or fewer."""
     sizes = []
     layer = next(iter(adapter_layers(model).values()))
 

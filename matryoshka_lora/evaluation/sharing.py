@@ -1,8 +1,8 @@
 """The documents of a sweep over several processes: who answers what, and how it reaches the writer.
 
 Each process takes a few more whenever it has room for them, so a slow one answers fewer, and sends
-what it has scored to the main one. Both go through the store that the processes have met at, from
-any thread; no call waits for the slowest process, as a collective would.
+what it has scored to the main one. Both go through the store that the processes have met at; no
+call waits for the slowest process, as a collective would.
 """
 
 import pickle

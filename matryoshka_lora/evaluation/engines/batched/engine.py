@@ -52,8 +52,9 @@ complete idles for half of them on average, and for all those of `PIPELINE_DEPTH
 nothing from more."""
 PIPELINE_DEPTH = {"cpu": 0, "cuda": 1}
 """Prefills or launches of decode steps that stay in flight while the host launches the next, and
-while the caller scores answers. A thread for the scoring would be slower: both compute in Python,
-and the engine would wait up to 5 ms for the interpreter after each copy."""
+while the caller scores answers. A thread for the scoring gains nothing where that takes 0.1 ms, as
+on GSM8K: both compute in Python, and the engine would wait up to 5 ms for the interpreter after
+each copy. Where it takes 1 ms or more, the device idles meanwhile."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "repetition_penalty": (None, 1.0),

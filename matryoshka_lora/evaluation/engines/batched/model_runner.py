@@ -15,6 +15,7 @@ from matryoshka_lora.evaluation.engines.batched.kv_cache import KVCache, kv_shap
 from matryoshka_lora.evaluation.engines.batched.prefill import Prefill
 
 MIN_CAPTURED_ROWS = 64
+"""Fewer hardly shorten a step: SmolLM2 takes about 4 ms with 32 as with 128 on an H200."""
 
 
 class ModelRunner:
@@ -109,8 +110,7 @@ class ModelRunner:
 def captured_rows(used: int, most: int) -> int:
     """How many rows a captured decode step has: `most`, or a half, a quarter, ... of it.
 
-    Few numbers, as each has graphs of its own, and a capture takes as long as several steps. Below
-    MIN_CAPTURED_ROWS a step takes as long with fewer.
+    Few numbers, as each has graphs of its own, and a capture takes as long as several steps.
     """
     rows = most
     while (half := -(-rows // 2)) >= max(used, MIN_CAPTURED_ROWS):

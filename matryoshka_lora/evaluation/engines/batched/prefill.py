@@ -1,7 +1,7 @@
 """The prefill: contexts and targets of several groups, packed into one sequence."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -82,19 +82,19 @@ class Prefill:
         )
         """Index of the point, of each token."""
         self.inputs: dict[str, Any] = {
-            "position_ids": joined(positions, device)[None],
+            "position_ids": all_of(positions, device)[None],
             "cu_seq_lens_q": document_bounds(lengths_q, device),
             "cu_seq_lens_k": document_bounds(lengths_k, device),
             "max_length_q": max(lengths_q),
             "max_length_k": max(lengths_k),
         }
         if shared:
-            self.inputs["kv_index"] = joined(keys, device)
-        self.kept = joined(kept, device)
+            self.inputs["kv_index"] = all_of(keys, device)
+        self.kept = all_of(kept, device)
         """Tokens that predict something, whose logits are computed."""
         self.context_ends = to_device(torch.tensor(context_ends), device)
         """Per group, which of the kept tokens predicts what follows the context."""
-        self.predictors = joined(predictors, device)
+        self.predictors = all_of(predictors, device)
         """Per target token, which of the kept tokens predicts it."""
         self.targets = joined(targets, device)
 
@@ -138,13 +138,19 @@ class Prefill:
         return read
 
 
-def joined(parts: Sequence[range] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """(n,): all numbers of all parts. A list of them all would take several times as long."""
-    arrays = [
-        np.arange(x.start, x.stop) if isinstance(x, range) else np.array(x, dtype=np.int64)
-        for x in parts
-    ]
-    return to_device(torch.from_numpy(np.concatenate(arrays or [np.zeros(0, np.int64)])), device)
+def all_of(ranges: Sequence[range], device: torch.device) -> Tensor:
+    """(n,): the numbers of all ranges, one range after the other."""
+    starts = np.array([x.start for x in ranges], dtype=np.int64)
+    sizes = np.array([len(x) for x in ranges], dtype=np.int64)
+    before = np.cumsum(sizes) - sizes
+    numbers = np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
+    return to_device(torch.from_numpy(numbers), device)
+
+
+def joined(parts: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """(n,): the token ids of all parts."""
+    numbers = np.fromiter(chain.from_iterable(parts), np.int64, sum(map(len, parts)))
+    return to_device(torch.from_numpy(numbers), device)
 
 
 def document_bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
