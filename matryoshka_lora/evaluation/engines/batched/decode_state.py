@@ -152,11 +152,15 @@ class DecodeState:
         before, limit, stop_sets = self.count[rows], self.limit[rows], self.stop_set[rows]
         self.history[rows[:, None], before[:, None] + np.arange(steps)] = tokens
         is_eos = np.isin(tokens, self._eos)
-        end = np.minimum(before + np.where(is_eos.any(1), is_eos.argmax(1) + 1, steps), limit)
-        done = is_eos.any(1) | (end == limit)
+        ends = is_eos.any(1)
+        # Up to the end of text, and with it: it may be a stop string, too, but ends the answer
+        # where that would.
+        text_end = np.minimum(before + np.where(ends, is_eos.argmax(1), steps), limit)
+        end = np.minimum(text_end + ends, limit)
+        done = ends | (end == limit)
         histories = self.history[rows, : int(end.max())]
-        for i in self._stops.candidates(stop_sets, histories, before, end):
-            found = self._stops.find(stop_sets[i], histories[i], before[i], end[i])
+        for i in self._stops.candidates(stop_sets, histories, before, text_end):
+            found = self._stops.find(stop_sets[i], histories[i], before[i], text_end[i])
             if found is not None:
                 end[i], done[i] = found, True
         self.count[rows] = end
