@@ -394,12 +394,10 @@ def measure(options: Options) -> None:
     examples = random_examples(gsm8k_lengths(SAMPLES, SEED), shape.config.vocab_size, SEED)
     flops = training_flops(shape, examples)
     steps = EPOCHS * -(-SAMPLES // trainer.effective_batch)
-    tokens = [
-        sum(len(examples[i].tokens) for i in ids_of(step, processes)) for step in range(steps)
-    ]
+    batches = [ids_of(step, processes) for step in range(steps)]
+    tokens = [sum(len(examples[i].tokens) for i in ids) for ids in batches]
     warmup = options.warmup
     if options.steps is not None and trainer.cuda_graphs:
-        batches = [ids_of(step, processes) for step in range(steps)]
         warmup = first_without_captures(
             *(examples, batches, trainer, processes, warmup, options.steps)
         )

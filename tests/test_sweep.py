@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from matryoshka_lora.evaluation.readings import Plan, plan_points
 from matryoshka_lora.evaluation.rows import Row, decode_scores
 from matryoshka_lora.evaluation.samples import Samples, samples_path
 from matryoshka_lora.evaluation.sweep import run_sweep
-from matryoshka_lora.evaluation.tasks import load_tasks
+from matryoshka_lora.evaluation.tasks import EvalTask, load_tasks
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 RULES = ("prefix", "trained", "svd")
@@ -688,3 +689,19 @@ def test_two_processes_give_the_same_rows(data: Path, tmp_path: Path) -> None:
     for process in (0, 1):
         answered = result("lockstep-first", process)["answered"]
         assert len(answered) == len(alone.answered)
+
+
+def test_answers_are_scored_in_the_main_thread(
+    data: Path, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graders of the harness set alarms, which other threads cannot."""
+    threads = []
+    original = EvalTask.score
+
+    def score(self, *args):
+        threads.append(threading.current_thread())
+        return original(self, *args)
+
+    monkeypatch.setattr(EvalTask, "score", score)
+    sweep(data, tmp_path, FakeEngine(), plan, limit=2)
+    assert threads and set(threads) == {threading.main_thread()}

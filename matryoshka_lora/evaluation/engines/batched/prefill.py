@@ -29,19 +29,21 @@ class Prefill:
         self, groups: Sequence[Group], requests: Sequence[Request], device: torch.device
     ) -> None:
         """requests: those of the jobs."""
+        self._contexts: list[range] = []
+        """The tokens of each group's context."""
         ids: list[tuple[int, ...]] = []
         targets: list[tuple[int, ...]] = []
         keys: list[range] = []
         positions: list[range] = []
         kept: list[range] = []
         predictors: list[range] = []
-        lengths_q, lengths_k, starts, sizes = [], [], [], []
+        lengths_q, lengths_k, sizes = [], [], []
         context_ends: list[int] = []
         end = kept_end = 0
         shared = False
         for g in groups:
             start, context = end, len(g.context)
-            starts.append(start)
+            self._contexts.append(range(start, start + context))
             own_targets = [requests[job].target for job in g.scored]
             document = context + len(own_targets[0]) - 1 if len(own_targets) == 1 else context
             ids.append(g.context)
@@ -74,7 +76,6 @@ class Prefill:
             sizes.append(end - start)
         self._scored = [(job, len(requests[job].target)) for g in groups for job in g.scored]
         """Jobs and the lengths of their targets, in the order of `targets`."""
-        self._contexts = [(start, len(g.context)) for start, g in zip(starts, groups, strict=True)]
         self.ids = joined(ids, device)[None]
         self.points = to_device(
             torch.repeat_interleave(torch.tensor([g.point for g in groups]), torch.tensor(sizes)),
@@ -103,16 +104,13 @@ class Prefill:
 
         rows: of the KV cache, one for each group.
         """
-        starts, lengths = np.array(self._contexts).T
-        places = np.concatenate([np.arange(length) for length in lengths])
-        spread = (places + np.repeat(starts, lengths), np.repeat(rows, lengths), places)
-        source, row, position = (torch.from_numpy(x) for x in spread)
+        lengths = [len(context) for context in self._contexts]
         device = self.ids.device
-        everything = len(source) == self.ids.shape[1]
+        everything = sum(lengths) == self.ids.shape[1]
         return (
-            None if everything else to_device(source, device),
-            to_device(row, device),
-            to_device(position, device),
+            None if everything else all_of(self._contexts, device),
+            to_device(torch.tensor(rows).repeat_interleave(torch.tensor(lengths)), device),
+            all_of([range(length) for length in lengths], device),
         )
 
     def score(self, logits: Tensor) -> Callable[[], Answers]:
